@@ -1,0 +1,132 @@
+"""Every private import of torch that fxpass makes, and the imports that need care.
+
+Tried with torch 2.13.0.  ``tests/test_torch_compat.py`` checks each of them; a torch release that
+moves one of them fails there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+
+TESTED_TORCH = ("2.13.0",)
+TESTED_E3NN = ("0.4.4", "0.6")
+
+__all__ = ["FakeTensor", "fake_inputs", "fake_mode_of", "is_fake", "o3", "retrace", "size_expr", "unused_modes"]
+
+
+@cache
+def o3() -> ModuleType:
+    """``e3nn.o3``, imported so that e3nn 0.4.4 works with torch >= 2.6.
+
+    e3nn 0.4.4 unpickles its constants file, which holds ``slice`` objects; torch >= 2.6 refuses
+    them unless they are allowed, so they are, for the time of this import.
+    """
+    with torch.serialization.safe_globals([slice]):
+        import e3nn.nn
+        import e3nn.o3 as module
+
+    return module
+
+
+def wigner_3j(l1: int, l2: int, l3: int) -> np.ndarray:
+    """``e3nn.o3.wigner_3j`` in float64, also when called inside a trace."""
+    with torch._C.DisableTorchFunction(), disable_current_modes():
+        return np.array(o3().wigner_3j(l1, l2, l3, dtype=torch.float64).tolist())
+
+
+def fake_inputs(
+    specs: Sequence[tuple[str, Sequence[int | str], torch.dtype]], sizes: dict[str, int]
+) -> tuple[FakeTensor, ...]:
+    """Fake tensors with symbolic sizes for (name, dims, dtype) specs.
+
+    Every named size is one symbol, shared by all inputs that carry it; integer dims are static.
+    ``sizes`` are the hints; nothing is deduced from equal hints (no duck shaping), and sizes may be 0
+    or 1 (no 0/1 specialisation).
+    """
+    env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    symbols = {}
+    for name, size in sizes.items():
+        probe = mode.from_tensor(
+            torch.empty(size),
+            source=ConstantSource(name),
+            symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]),
+        )
+        symbols[name] = probe.shape[0]
+
+    def extent(dim: int | str) -> Any:
+        if isinstance(dim, int):
+            return dim
+        base, _, add = dim.partition("+")
+        return symbols[base] + int(add or 0)
+
+    with mode:
+        return tuple(torch.empty([extent(d) for d in dims], dtype=dtype) for _, dims, dtype in specs)
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[FakeTensor]) -> fx.GraphModule:
+    """Trace ``function`` on fake inputs to an ATen graph with symbolic sizes.
+
+    Node metadata set by ``torch.fx.traceback.annotate`` survives in ``node.meta["custom"]``.  Einsum is
+    kept from picking a contraction order by the traced sizes, and gradient mode, flags and modes are
+    left as they were.
+    """
+    with (
+        inputs[0].fake_mode,
+        torch.backends.opt_einsum.flags(enabled=False),
+        fx.traceback.preserve_node_meta(),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        return make_fx(
+            function,
+            tracing_mode="real",
+            record_stack_traces=True,
+            _allow_non_fake_inputs=True,
+        )(*inputs)
+
+
+def frozen_sizes(inputs: Sequence[FakeTensor]) -> tuple[str, ...]:
+    """Conditions of a trace that tie a symbolic size to a number or to another size."""
+    env = inputs[0].fake_mode.shape_env
+    assert env is not None
+    ties = [f"{symbol} = {value}" for symbol, value in env.replacements.items()]
+    return tuple(ties + [str(g.expr) for g in env.guards if isinstance(g.expr, sympy.Eq)])
+
+
+def fake_mode_of(value: FakeTensor) -> FakeTensorMode:
+    """The mode a fake tensor belongs to."""
+    return value.fake_mode
+
+
+def load_pickle(path: str) -> Any:
+    """Unpickle a checkpoint on the CPU.  This runs code that the file names; only load what you trust."""
+    o3()
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def pickle_names(path: str, text: str) -> bool:
+    """Whether a torch checkpoint mentions ``text``, e.g. a module name; nothing is unpickled."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return any(text.encode() in archive.read(name) for name in names)

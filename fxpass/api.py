@@ -1,0 +1,418 @@
+"""``optimize`` and ``load``: the pipeline from a model to a verified drop-in."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import package
+from .errors import FxpassError, Location, UnsupportedModelError, UsageError, VerificationError
+from .frontends.base import Frontend, dtype_of
+from .instruments import bisect
+from .ir.program import Program
+from .ir.verifier import verify as verify_program
+from .optimized import Optimized
+from .passes import Exactness, Pass
+from .pipeline import format_passes, resolve
+from .registry import FRONTENDS, PASSES, Registry, default_registry
+from .report import PassRecord, Report
+from .runner import Observer, RunResult, run
+from .structures import Structure, probe_structures, read_structures
+from .targets.base import Target
+from .targets.eager import EagerTarget
+from .verify.physics import Evaluator
+from .verify.receipt import Receipt, make_receipt
+from .verify.tolerances import parse_budget
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+Example = "Structure | Atoms | str | Path | Iterable[Structure | Atoms]"
+Passes = str | Pass | Iterable[str | Pass]
+Progress = Callable[[str], None]
+
+#: packages whose versions a report records
+VERSIONED = ("fxpass", "torch", "e3nn", "numpy", "mace-torch")
+
+
+@dataclass
+class _Clock:
+    """Wall time of each stage, in order."""
+
+    timings: list[tuple[str, float]] = field(default_factory=list)
+    told: Progress | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self.told is not None:
+            self.told(name)
+        start = time.perf_counter()
+        yield
+        self.timings.append((name, time.perf_counter() - start))
+
+
+def optimize(
+    model: nn.Module | str | Path,
+    passes: Passes = "default",
+    *,
+    example: Example | None = None,
+    target: str = "eager",
+    budget: str | float | None = None,
+    verify: bool = True,
+    dump: str | Path | None = None,
+    observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
+) -> Optimized:
+    """Compile a potential to a verified drop-in replacement.
+
+    Args:
+        model: a model of a family that has a frontend, or the path of its checkpoint.  Never modified.
+            Loading a checkpoint unpickles it, which runs code it names.
+        passes: a preset (``"exact"``, ``"default"``, ``"portable"``), a pipeline text such as
+            ``"fold-constants,specialize-heads{head=0}"``, a pass instance, or a list that mixes these.
+            ``differentiate`` is added at the end where the passes leave it out.
+        example: structures to verify on besides the frontend's own: a :class:`Structure`, ASE atoms, a
+            list of these, or the path of a file with structures.
+        target: how the result runs: ``"eager"``, ``"torchscript"`` or ``"inductor"``.
+        budget: force error that approximate passes may make, ``"1 meV/A"`` or a number in eV/Angstrom.
+        verify: compare with the original in float64 and test the physics; ``False`` is noted in the report.
+        dump: a folder to write every intermediate graph and the report to; it must not exist.
+        observers: told about every pass that runs.
+        progress: called with the name of each stage as it begins.
+
+    Returns:
+        A module with the original's ``forward``, and ``graph_module``, ``report``, ``calculator()``, ``save()``.
+
+    Raises:
+        UsageError: an argument that makes no sense; nothing was done.
+        UnsupportedModelError: no frontend covers the model, or the variant; nothing was done.
+        CaptureError: the model cannot be captured as a dynamic graph.
+        PassError: a pass broke its promise.
+        LoweringError: the target cannot carry the graph.
+        VerificationError: the result is outside its tolerance; the pass that broke it is named.
+    """
+    registry = default_registry()
+    model, frontend = _model(model, registry)
+    chosen = resolve(passes, registry)
+    backend: Target = registry.target(target)()
+    allowed = None if budget is None else parse_budget(budget)
+    structures = tuple(_structures(example))
+    facts = frontend.attributes(model)
+    for structure in structures:
+        structure.check(facts["numbers"])
+    folder = None if dump is None else _new_folder(Path(dump))
+    clock = _Clock(told=progress)
+    keeper = _Keeper()
+    with torch.inference_mode(False), torch.enable_grad():
+        with clock.stage("capture"):
+            captured = frontend.capture(model)
+            verify_program(captured)
+        with clock.stage("passes"):
+            result = run(captured, chosen, check=verify_program, observers=(*observers, keeper))
+            if result.program.stage == "energy":
+                result = _continue(result, resolve("differentiate", registry), (*observers, keeper))
+        with clock.stage(f"lower to {target}"):
+            legal = run(result.program, resolve(backend.pipeline, registry), check=verify_program)
+            interface = _lower(legal.program, backend, frontend, facts)
+    report = Report(
+        model=f"{type(model).__module__}.{type(model).__qualname__}",
+        frontend=frontend.name,
+        pipeline=format_passes(chosen),
+        target=target,
+        versions=_versions(),
+        records=(*result.records, *legal.records),
+        warnings=() if verify else ("verification was turned off: nothing was compared with the original",),
+    )
+    receipt = None
+    if verify:
+        with clock.stage("verify"):
+            judged = _Verification(model, frontend, facts, _exactness(chosen), allowed)
+            probes = (*judged.probes(), *structures)
+            receipt = judged.receipt(interface, legal.program, probes)
+            if not receipt.passed:
+                raise judged.failure(receipt, captured, chosen, probes, registry)
+    report = replace(report, timings=tuple(clock.timings), receipt=receipt)
+    if folder is not None:
+        _dump(folder, keeper, report)
+
+    def rebuild(dtype: torch.dtype, device: torch.device) -> Optimized:
+        if device.type != "cpu":
+            raise UsageError(f"an optimised model cannot move to {device} yet", hint="the original model there")
+        other = copy.deepcopy(model).to(dtype)
+        return optimize(other, chosen, example=structures, target=target, budget=budget, verify=verify)
+
+    return Optimized(interface, result.program, report, frontend, facts, rebuild)
+
+
+def load(path: str | Path) -> Optimized:
+    """Load what ``Optimized.save`` wrote; runs no code that the file carries (TorchScript files hold code).
+
+    Raises:
+        PackageError: not a saved model, truncated, altered, or of a newer format.
+    """
+    return package.load(Path(path))
+
+
+def capture(model: nn.Module | str | Path) -> Program:
+    """The energy program of a model, verified, before any pass.
+
+    Raises:
+        UnsupportedModelError, CaptureError: as for :func:`optimize`.
+    """
+    model, frontend = _model(model, default_registry())
+    with torch.inference_mode(False), torch.enable_grad():
+        program = frontend.capture(model)
+        verify_program(program)
+    return program
+
+
+def run_passes(program: Program, passes: Passes, *, observers: Sequence[Observer] = ()) -> RunResult:
+    """Run passes over a program with the verifier after each: what ``optimize`` does between capture and lowering."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return run(program, resolve(passes, default_registry()), check=verify_program, observers=observers)
+
+
+def verify(
+    optimized: Optimized,
+    against: nn.Module | str | Path,
+    *,
+    example: Example | None = None,
+    budget: str | float | None = None,
+    probes: bool = True,
+) -> Receipt:
+    """Compare an optimised or loaded model with an original: the receipt, passed or not.
+
+    Args:
+        optimized: what ``optimize`` or ``load`` returned.
+        against: the original, or the path of its checkpoint.
+        example: structures to compare on.
+        budget: for results of approximate passes.
+        probes: compare on the frontend's probe structures too.
+    """
+    registry = default_registry()
+    model, frontend = _model(against, registry)
+    if frontend.name != optimized.frontend.name:
+        raise UsageError(f"the original is of the family {frontend.name}, the result of {optimized.frontend.name}")
+    facts = frontend.attributes(model)
+    for key in ("numbers", "heads", "cutoff"):
+        if facts.get(key) != optimized.facts.get(key):
+            raise VerificationError(
+                f"this is not the original: {key} is {facts.get(key)} there and {optimized.facts.get(key)} in the result"
+            )
+    own = getattr(torch, optimized.facts["dtype"])
+    if dtype_of(model) != own:
+        model = copy.deepcopy(model).to(own)
+    chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
+    allowed = None if budget is None else parse_budget(budget)
+    judged = _Verification(model, frontend, facts, _exactness(chosen), allowed)
+    structures = [*(judged.probes() if probes else ()), *_structures(example)]
+    with torch.inference_mode(False), torch.enable_grad():
+        legal = run(optimized.program, resolve(EagerTarget.pipeline, registry), check=verify_program).program
+        return judged.receipt(optimized.interface, legal, structures)
+
+
+# --- the parts
+
+
+def assemble(
+    program: Program, facts: Mapping[str, Any], report: Report, scripted: nn.Module | None = None
+) -> Optimized:
+    """The drop-in of a program that was loaded from a file; ``scripted`` is its interface where the file held one."""
+    registry = default_registry()
+    frontend = registry.frontend(facts["family"])()
+    backend = registry.target(facts["target"])()
+    if scripted is not None:
+        return Optimized(scripted, program, report, frontend, facts["facts"], None)
+    with torch.inference_mode(False), torch.enable_grad():
+        verify_program(program)
+        legal = run(program, resolve(backend.pipeline, registry), check=verify_program).program
+        interface = _lower(legal, backend, frontend, facts["facts"])
+    return Optimized(interface, program, report, frontend, facts["facts"], None)
+
+
+def _lower(program: Program, target: Target, frontend: Frontend, facts: Mapping[str, Any]) -> nn.Module:
+    forces = target.lower(program)
+    energy = target.lower(program.without_gradient())
+    interface = frontend.interface(energy, forces, facts)
+    interface.eval()
+    return interface
+
+
+def _continue(done: RunResult, passes: Sequence[Pass], observers: Sequence[Observer]) -> RunResult:
+    more = run(done.program, passes, check=verify_program, observers=observers)
+    return RunResult(more.program, (*done.records, *more.records))
+
+
+def _model(model: nn.Module | str | Path, registry: Registry) -> tuple[nn.Module, Frontend]:
+    """The model and the frontend that covers it; a path is loaded."""
+    listing = registry.listing(FRONTENDS)
+    frontends: list[Frontend] = [listed.loaded() for listed in listing if listed.problem is None]
+    broken = "".join(f"; {listed.problem}" for listed in listing if listed.problem is not None)
+    known = ", ".join(f.name for f in frontends) + broken
+    if isinstance(model, (str, Path)):
+        path = Path(model)
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}", hint="check the path of the checkpoint")
+        reader = next((f for f in frontends if f.reads(str(path))), None)
+        if reader is None:
+            raise UnsupportedModelError(f"{path} is not a checkpoint of a known family", hint=f"one of {known}")
+        model = reader.load(str(path))
+    if isinstance(model, Optimized):
+        raise UsageError("this model is optimised already", hint="optimise the original")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{type(model).__name__} is not a model", hint="a torch.nn.Module or the path of a checkpoint")
+    found = next((f for f in frontends if f.recognises(model)), None)
+    if found is None:
+        cls = type(model)
+        raise UnsupportedModelError(
+            "no frontend covers this model",
+            where=Location(module_path="(model)", source=f"{cls.__module__}.{cls.__qualname__}"),
+            hint=f"a model of {known}, or register a frontend (entry point group fxpass.frontends)",
+        )
+    found.check(model)
+    return model, found
+
+
+def _structures(example: Any) -> Iterator[Structure]:
+    if example is None:
+        return
+    if isinstance(example, (str, Path)):
+        yield from read_structures(example)
+    elif isinstance(example, Structure):
+        yield example
+    elif hasattr(example, "get_positions"):
+        yield Structure.from_ase(example)
+    elif isinstance(example, Iterable):
+        for item in example:
+            yield from _structures(item)
+    else:
+        raise UsageError(
+            f"{type(example).__name__} is not a structure", hint="a Structure, ASE atoms, a list of these, or a file"
+        )
+
+
+def _exactness(passes: Iterable[Pass | type[Pass]]) -> Exactness:
+    """The weakest class among the passes; capture itself reassociates."""
+    weak = [Exactness.REASSOCIATES, *(p.exactness for p in passes)]
+    return Exactness.APPROXIMATE if Exactness.APPROXIMATE in weak else Exactness.REASSOCIATES
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = []
+    for name in VERSIONED:
+        try:
+            found.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+class _Keeper:
+    """Keeps the program after every pass that changed it."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[PassRecord, Program, Program]] = []
+
+    def on_pass_start(self, pass_: Pass, program: Program) -> None:
+        pass
+
+    def on_pass_end(self, record: PassRecord, before: Program, after: Program) -> None:
+        self.steps.append((record, before, after))
+
+
+@dataclass(frozen=True)
+class _Verification:
+    """What a result is held against."""
+
+    model: nn.Module
+    frontend: Frontend
+    facts: Mapping[str, Any]
+    exactness: Exactness
+    budget: float | None
+
+    def probes(self) -> tuple[Structure, ...]:
+        """The frontend's probe structures, and one of them for every further head."""
+        probes = probe_structures(self.facts["numbers"], self.facts["cutoff"])
+        heads = self.facts.get("heads", [])[1:]
+        return (*probes, *(replace(probes[0], name=f"{probes[0].name}, head {h}", head=h) for h in heads))
+
+    def evaluator(self, module: nn.Module) -> Evaluator:
+        return lambda structure: self.frontend.evaluate(module, structure)
+
+    def receipt(self, interface: nn.Module, legal: Program, structures: Sequence[Structure]) -> Receipt:
+        dtype = str(dtype_of(self.model)).removeprefix("torch.")
+        single = dtype == "float32"
+        reference = self.evaluator(copy.deepcopy(self.model).double())
+        twin = None
+        if single:
+            facts = {**self.facts, "dtype": "float64"}
+            twin = self.evaluator(_lower(legal.cast(torch.float64), EagerTarget(), self.frontend, facts))
+        return make_receipt(
+            reference,
+            self.evaluator(interface),
+            structures=structures,
+            dtype=dtype,
+            exactness=self.exactness,
+            original=self.evaluator(self.model) if single else None,
+            budget=self.budget,
+            candidate64=twin,
+        )
+
+    def failure(
+        self, receipt: Receipt, captured: Program, passes: Sequence[Pass], probes: Sequence[Structure], registry: Registry
+    ) -> FxpassError:
+        """The error for a failed receipt, with the first pass after which it fails."""
+        bad = {row.structure for row in receipt.failures}
+        suspects = [s for s in probes if s.name in bad]
+
+        def is_good(program: Program) -> bool:
+            if program.stage == "energy":
+                program = run(program, resolve("differentiate", registry), check=verify_program).program
+            legal = run(program, resolve(EagerTarget.pipeline, registry), check=verify_program).program
+            interface = _lower(legal, EagerTarget(), self.frontend, self.facts)
+            return self.receipt(interface, legal, suspects).passed
+
+        if not is_good(captured):
+            guilty, blame = None, "the capture"
+        else:
+            found = bisect(captured, passes, is_good, check=verify_program)
+            guilty = None if found is None else found.name
+            blame = "the lowering" if found is None else f"the pass {found.name}"
+        return VerificationError(
+            f"the result is outside its tolerance and is not returned; {blame} is to blame. {receipt.summary()}",
+            where=Location(pass_name=guilty),
+            hint="the pipeline without it, a wider budget=, or fxpass inspect to look at the graph",
+        )
+
+
+def _new_folder(path: Path) -> Path:
+    try:
+        path.mkdir()
+    except FileExistsError as error:
+        raise UsageError(f"{path} exists and is left as it is", hint="a folder that does not exist yet") from error
+    except OSError as error:
+        raise UsageError(f"the folder {path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def _dump(folder: Path, keeper: _Keeper, report: Report) -> None:
+    import json
+
+    from .ir.snapshot import snapshot
+
+    if keeper.steps:
+        (folder / "00-captured.txt").write_text(snapshot(keeper.steps[0][1], "captured").code() + "\n")
+    for number, (record, _, after) in enumerate(keeper.steps, start=1):
+        if record.modified:
+            (folder / f"{number:02d}-{record.name}.txt").write_text(snapshot(after, record.name).code() + "\n")
+    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
+

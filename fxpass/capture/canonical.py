@@ -1,0 +1,95 @@
+"""Raising: the many ATen spellings of a gather and of a sum by receiver become one semantic op each.
+
+Models write ``x[index]`` and ``zeros.scatter_add(0, index.expand, x)`` or ``index_add``; later passes
+look for ``fxpass::gather`` and ``fxpass::scatter_sum`` only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir import ops
+from ..ir.metadata import provenance, set_provenance
+
+aten = torch.ops.aten
+
+
+def raise_gathers_and_scatters(graph: fx.Graph) -> int:
+    """Replace, in place, gathers along the first dimension and scatters into zeros; returns how many."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        replacement = _gather(node) or _scatter(node)
+        if replacement is None:
+            continue
+        target, args = replacement
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        new.meta["val"] = node.meta.get("val")
+        set_provenance(new, provenance(node))
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        count += 1
+    graph.eliminate_dead_code()
+    return count
+
+
+def _is_index(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype == torch.int64
+
+
+def _gather(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    if node.target is aten.index.Tensor:
+        x, indices = node.args[:2]
+        if isinstance(indices, (list, tuple)) and len(indices) == 1 and _is_index(indices[0]):
+            return ops.gather, (x, indices[0])
+    if node.target is aten.index_select.default and node.args[1] == 0:
+        return ops.gather, (node.args[0], node.args[2])
+    return None
+
+
+def _is_zeros(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in (
+        aten.zeros.default,
+        aten.new_zeros.default,
+        aten.zeros_like.default,
+    )
+
+
+def _broadcast_index(node: Any) -> fx.Node | None:
+    """The 1-d index behind expand(unsqueeze(...(index))), where every step only adds trailing dimensions."""
+    while isinstance(node, fx.Node) and not _is_index(node):
+        if node.target is aten.expand.default:
+            pass
+        elif node.target is aten.unsqueeze.default and node.args[1] in (-1, node.args[0].meta["val"].dim()):  # type: ignore[union-attr]
+            pass
+        elif node.target is aten.view.default and all(s == 1 for s in node.meta["val"].shape[1:]):
+            pass
+        else:
+            return None
+        node = node.args[0]
+    while isinstance(node, fx.Node) and node.target is aten.expand.default:
+        node = node.args[0]  # an expand of a 1-d index to its own length
+    return node if _is_index(node) else None
+
+
+def _scatter(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    if node.target is aten.scatter_add.default:
+        into, dim, index, source = node.args
+    elif node.target is aten.index_add.default and not node.kwargs:
+        into, dim, index, source = node.args[:4]
+    else:
+        return None
+    index = _broadcast_index(index)
+    rows = source.meta["val"]  # type: ignore[union-attr]
+    if index is None or not _is_zeros(into) or dim not in (0, -rows.dim()):
+        return None
+    zeros = into.args[0] if into.target is aten.zeros.default else into.args[1] if len(into.args) > 1 else None  # type: ignore[union-attr]
+    if isinstance(zeros, (list, tuple)):
+        return ops.scatter_sum, (source, index, zeros[0])
+    return None

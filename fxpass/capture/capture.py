@@ -1,0 +1,197 @@
+"""Capture: from a model to an energy program, with proofs.
+
+The model is copied, its known leaf modules become semantic ops, and its energy is traced with
+symbolic sizes, twice, at sizes that collide with nothing.  Then the graph must prove that it is
+dynamic, complete and free of opaque parts; what cannot be proven is refused, with the place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import CaptureError, Location
+from ..ir.metadata import provenance
+from ..ir.program import Program, TensorSpec
+from ..ir.tracing import OTHER_SIZES, SIZES, module_provenance, record_sources, trace_program
+from .canonical import raise_gathers_and_scatters
+from .rules import RULES, Rule, install
+
+#: ops that read what was never written
+UNINITIALISED = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty_strided.default,
+)
+
+
+def prepare(model: nn.Module, rules: Mapping[str, Rule] = RULES) -> nn.Module:
+    """A frozen copy of ``model`` in which known leaf modules call semantic ops."""
+    replica = copy.deepcopy(model)
+    replica.eval()
+    for parameter in replica.parameters():
+        parameter.requires_grad_(False)
+    return install(replica, rules)
+
+
+def capture(
+    function: Callable[..., Sequence[Tensor]],
+    model: nn.Module,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    *,
+    energy: str = "energy",
+) -> Program:
+    """Trace ``function`` over ``model`` to an energy program and prove it dynamic and complete.
+
+    Args:
+        function: one tensor per input spec -> one tensor per output spec; calls ``model``.
+        model: a module made by :func:`prepare`.
+        inputs: canonical inputs; the one with property ``"edge_vector"`` is what forces come from.
+        outputs: what ``function`` returns, in order; their shapes and dtypes are filled in from the trace.
+        energy: name of the output that forces are the derivative of.
+
+    Raises:
+        CaptureError: the model froze a size, reads uninitialised memory, ignores an input that the
+            energy must depend on, or holds an op without a shape function.
+    """
+    constants = dict([*model.named_parameters(), *model.named_buffers()])
+
+    def run(sizes: Mapping[str, int]) -> tuple[Program, tuple[str, ...]]:
+        with module_provenance(model):
+            try:
+                return trace_program(
+                    function, inputs, outputs, constants, stage="energy", energy=energy, sizes=sizes, mutates=True
+                )
+            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+                raise _trace_failure(error) from error
+
+    program, frozen = run(SIZES)
+    other, _ = run(OTHER_SIZES)
+    _same_at_both_sizes(program, other)
+    if frozen:
+        raise CaptureError(
+            f"tracing tied a size to a value: {'; '.join(frozen)}",
+            hint="replace len(tensor), int(size) and branches on sizes in the model by tensor operations",
+        )
+    record_sources(program.graph)
+    raise_gathers_and_scatters(program.graph)
+    program.graph_module.recompile()
+    _check_complete(program)
+    return replace(program, outputs=_checked_outputs(program))
+
+
+def _trace_failure(error: Exception) -> CaptureError:
+    """A torch error during the trace, as one paragraph with the place in the model."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in file and "/fxpass/" not in file and not file.startswith("<"):
+            place = f"{'/'.join(file.rsplit('/', 3)[1:])}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    hint = "make this part of the model independent of tensor values, or register a module rule for it"
+    if "fake" in text.lower() or "meta" in text.lower():
+        hint = "register a shape function for this op with torch.library.register_fake"
+    return CaptureError(f"the model cannot be traced with symbolic sizes: {text}", where=Location(source=place), hint=hint)
+
+
+def _literals(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return "%"
+    if isinstance(value, (list, tuple)):
+        return tuple(_literals(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _literals(v)) for k, v in value.items())
+    return str(value)
+
+
+def _same_at_both_sizes(a: Program, b: Program) -> None:
+    """Two traces at different sizes must be one graph: same ops, same literals."""
+    for one, two in zip(a.graph.nodes, b.graph.nodes, strict=False):
+        left = (one.op, str(one.target), _literals(one.args), _literals(one.kwargs))
+        right = (two.op, str(two.target), _literals(two.args), _literals(two.kwargs))
+        if left != right and one.op != "get_attr":
+            raise CaptureError(
+                f"the traced graph depends on the example's size: {one.format_node()} became {two.format_node()}",
+                where=Location(node=one.name, module_path=provenance(one).module),
+                hint="replace len(tensor) and int(size) in this module, or register a module rule for it",
+            )
+    if len(a.graph.nodes) != len(b.graph.nodes):
+        raise CaptureError(
+            f"the traced graph has {len(a.graph.nodes)} nodes at one size and {len(b.graph.nodes)} at another",
+            hint="remove branches and loops over sizes from the model, or register a module rule",
+        )
+
+
+def _check_complete(program: Program) -> None:
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in UNINITIALISED:
+            raise CaptureError(
+                "the graph reads uninitialised memory",
+                where=Location(node=node.name, module_path=provenance(node).module),
+                hint="create the tensor with torch.zeros",
+            )
+        if node.op == "call_module" or node.op == "call_method":
+            raise CaptureError(
+                f"the graph holds an opaque {node.op} of {node.target}",
+                where=Location(node=node.name, module_path=provenance(node).module),
+            )
+    reached = set()
+    stack = [program.results[program.energy]]
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack.extend(node.all_input_nodes)
+    for spec in program.with_property("edge_vector"):
+        if program.placeholders[spec.name] not in reached:
+            raise CaptureError(
+                f"the energy does not depend on {spec.name}: forces would be zero",
+                hint="check that forward computes the energy from the positions it is given, without detach",
+            )
+    for name, node in program.results.items():
+        if not isinstance(node, fx.Node):
+            raise CaptureError(f"the output {name} is a constant and depends on no input")
+
+
+def _checked_outputs(program: Program) -> tuple[TensorSpec, ...]:
+    """Output specs with the shape and dtype that the graph really returns, sizes by name."""
+    names: dict[str, str] = {}
+    for spec in program.inputs:
+        shape = program.placeholders[spec.name].meta["val"].shape
+        names.update({str(extent): dim for extent, dim in zip(shape, spec.dims, strict=True) if isinstance(dim, str)})
+
+    def checked(spec: TensorSpec, node: fx.Node) -> TensorSpec:
+        value = node.meta["val"]
+        unknown = [str(s) for s in value.shape if not isinstance(s, int) and str(s) not in names]
+        if unknown:
+            raise CaptureError(f"the output {spec.name} has a size that no input has: {', '.join(unknown)}")
+        dims = tuple(s if isinstance(s, int) else names[str(s)] for s in value.shape)
+        return replace(spec, dims=dims, dtype=value.dtype)
+
+    return tuple(checked(s, n) for s, n in zip(program.outputs, program.results.values(), strict=True))
+
+
+def depends_on_positions(program: Program, example: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
+    """Proof by running: two inputs that differ in edge vectors only must give different energies.
+
+    Raises:
+        CaptureError: the energy is the same.
+    """
+    index = [s.name for s in program.outputs].index(program.energy)
+    with torch.no_grad():
+        before = program.graph_module(*example)[index]
+        after = program.graph_module(*moved)[index]
+    if torch.equal(before, after):
+        raise CaptureError(
+            "the captured energy does not change when atoms move",
+            hint="check that forward uses the positions it is given; a constant was traced in their place",
+        )

@@ -1,0 +1,259 @@
+"""Module rules: stand-ins that call semantic ops in place of known leaf modules.
+
+A rule maps a class, by qualified name, to a function ``module -> nn.Module``.  The stand-in owns the
+module's own parameters, so weights stay the model's.  Rules of plugins come in by the entry-point
+group ``fxpass.module_rules`` (name = qualified class name).  Modules without a rule are traced through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from ..algebra.multilinear import CHANNELS, Linear, LinearPath, Path, TensorProduct
+from ..algebra.polynomial import DIGITS, Polynomial
+from ..algebra.spherical import spherical_harmonics
+from ..errors import Location, UnsupportedModelError
+from ..ir import ops
+
+Rule = Callable[[nn.Module, str], nn.Module]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.flatten(0, -2)
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
+
+
+class TensorProductStandIn(nn.Module):
+    """``e3nn.o3.TensorProduct`` as ``fxpass::tensor_product``."""
+
+    def __init__(self, tp: nn.Module, path: str) -> None:
+        super().__init__()
+        self.spec = str(tensor_product_spec(tp, path))
+        self.weight = tp.weight
+        self.shared = tp.shared_weights
+        self.empty = tp.weight_numel == 0
+        self.internal = tp.internal_weights
+
+    def forward(self, x1: Tensor, x2: Tensor, weight: Tensor | None = None) -> Tensor:
+        if weight is None and self.internal:
+            weight = self.weight
+        if x1.dim() != x2.dim() or (x1.dim() == x2.dim() != 2):
+            rows = torch.broadcast_shapes(x1.shape[:-1], x2.shape[:-1])
+            x1, x2 = x1.expand(*rows, -1), x2.expand(*rows, -1)
+        if weight is not None:
+            weight = weight.reshape(-1) if self.shared else _flat(weight)
+        y = ops.tensor_product(_flat(x1), _flat(x2), None if self.empty else weight, None, self.spec, "out")
+        return _like(y, x1)
+
+
+def tensor_product_spec(tp: nn.Module, path: str) -> TensorProduct:
+    """The data of an ``e3nn.o3.TensorProduct``; weights keep e3nn's order."""
+    paths, offset = [], 0
+    for ins in tp.instructions:
+        if ins.connection_mode not in CHANNELS:
+            raise UnsupportedModelError(
+                f"the connection mode {ins.connection_mode!r} of a tensor product is not covered",
+                where=Location(module_path=path, irreps=f"{tp.irreps_in1} x {tp.irreps_in2} -> {tp.irreps_out}"),
+                hint=f"one of {', '.join(CHANNELS)}",
+            )
+        weight = -1
+        if ins.has_weight:
+            weight, offset = offset, offset + prod(ins.path_shape)
+        if 0 not in ins.path_shape and ins.path_weight != 0:
+            paths.append(
+                Path(ins.i_in1, ins.i_in2, ins.i_out, ins.connection_mode, weight, float(ins.path_weight))
+            )
+    return TensorProduct(
+        str(tp.irreps_in1),
+        str(tp.irreps_in2),
+        str(tp.irreps_out),
+        tuple(paths),
+        offset,
+        bool(tp.shared_weights),
+        coefficient_dtype(tp),
+    )
+
+
+def coefficient_dtype(module: nn.Module) -> str:
+    """``"float32"`` where the module's stored Clebsch-Gordan coefficients went through float32."""
+    for name, buffer in module.named_buffers():
+        if "_w3j_" in name and buffer.numel() > 1:
+            values = buffer.double()
+            if torch.equal(values.float().double(), values):
+                return "float32"
+    return "float64"
+
+
+class LinearStandIn(nn.Module):
+    """``e3nn.o3.Linear`` as ``fxpass::linear``, plus a bias on scalars."""
+
+    def __init__(self, linear: nn.Module, path: str) -> None:
+        super().__init__()
+        paths, biases, offset = [], [], 0
+        for ins in linear.instructions:
+            if ins.i_in == -1:
+                biases.append((ins.i_out, ins.path_weight))
+                continue
+            if 0 not in ins.path_shape:
+                paths.append(LinearPath(ins.i_in, ins.i_out, offset, float(ins.path_weight)))
+            offset += prod(ins.path_shape)
+        if linear.weight.dim() > 1 and linear.internal_weights:
+            raise UnsupportedModelError(
+                "a Linear with f_in/f_out is not covered",
+                where=Location(module_path=path, irreps=f"{linear.irreps_in} -> {linear.irreps_out}"),
+                hint="a Linear without f_in and f_out",
+            )
+        self.spec = str(
+            Linear(str(linear.irreps_in), str(linear.irreps_out), tuple(paths), offset, bool(linear.shared_weights))
+        )
+        self.columns = tuple((mul * ir.dim) for mul, ir in linear.irreps_out)
+        self.biases = dict(biases)
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.internal = linear.internal_weights
+        self.shared = linear.shared_weights
+
+    def forward(self, features: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
+        bias = self.bias if bias is None else bias
+        weight = weight.reshape(-1) if self.shared else _flat(weight)
+        y = ops.linear(_flat(features), weight, None, self.spec, "out")
+        if self.biases:
+            pieces, offset = [], 0
+            for k, length in enumerate(self.columns):
+                if k in self.biases:
+                    pieces.append(bias.narrow(-1, offset, length) * self.biases[k])
+                    offset += length
+                else:
+                    pieces.append(bias.new_zeros(length))
+            y = y + torch.cat(pieces)
+        return _like(y, features)
+
+
+class SphericalHarmonicsStandIn(nn.Module):
+    """``e3nn.o3.SphericalHarmonics`` as a normalisation and ``fxpass::polynomial``."""
+
+    def __init__(self, sh: nn.Module, path: str) -> None:
+        super().__init__()
+        parity = sh.irreps_in[0].ir.p
+        poly, coefficients = spherical_harmonics(tuple(sh._ls_list), sh.normalization, parity)
+        self.spec = str(poly)
+        self.normalize = sh.normalize
+        self.register_buffer("coefficients", torch.from_numpy(coefficients).unsqueeze(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.normalize:
+            x = nn.functional.normalize(x, dim=-1)
+        rows = _flat(x).unsqueeze(1)
+        y = ops.polynomial(rows, [], None, None, self.coefficients.to(x.dtype), self.spec, "out")
+        return _like(y.squeeze(1), x)
+
+
+class ContractionStandIn(nn.Module):
+    """MACE's ``Contraction`` to one output irrep as one ``fxpass::polynomial``.
+
+    The generalised Clebsch-Gordan tensors U are the model's own buffers; U[.., i, j, l, ..] x_i x_j x_l
+    is symmetric in what multiplies it, so U folds exactly into one coefficient per monomial
+    (Batatia et al., NeurIPS 2022, Eq. 10-11).
+    """
+
+    def __init__(self, contraction: nn.Module, irrep_out: str, path: str) -> None:
+        super().__init__()
+        irreps = contraction.coupling_irreps
+        if irreps.dim > len(DIGITS):
+            raise UnsupportedModelError(
+                f"a symmetric contraction over {irreps.dim} components is not covered",
+                where=Location(module_path=path, irreps=str(irreps)),
+                hint=f"at most {len(DIGITS)} components",
+            )
+        degrees = range(contraction.correlation, 0, -1)
+        tensors = [contraction.U_tensors(nu).detach().double() for nu in degrees]
+        if tensors[0].dim() == contraction.correlation + 1:  # a scalar output has no component index
+            tensors = [tensor.unsqueeze(0) for tensor in tensors]
+        outputs = tensors[0].shape[0]
+        table: dict[tuple[int, ...], dict[tuple[int, int], float]] = {}
+        first = 0
+        for tensor in tensors:
+            at = tensor.nonzero()
+            for (k, *variables, n), value in zip(at.tolist(), tensor[tuple(at.T)].tolist(), strict=True):
+                cell = table.setdefault(tuple(sorted(variables)), {})
+                cell[first + n, k] = cell.get((first + n, k), 0.0) + value
+            first += tensor.shape[-1]
+        names = sorted((m for m, cell in table.items() if any(cell.values())), key=lambda m: (len(m), m))
+        coefficients = torch.zeros(len(names), first, outputs, dtype=torch.float64)
+        for row, name in enumerate(names):
+            for (n, k), value in table[name].items():
+                coefficients[row, n, k] = value
+        self.spec = str(Polynomial(irreps.dim, tuple(names), str(irreps), f"1x{irrep_out}"))
+        self.register_buffer("coefficients", coefficients.to(contraction.weights_max.dtype))
+        self.weights = nn.ParameterList([contraction.weights_max, *contraction.weights])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        weight = torch.cat(list(self.weights), dim=1)
+        species, paths, channels = weight.shape
+        rows = torch.matmul(y, weight.reshape(species, paths * channels)).reshape(-1, paths, channels)
+        return ops.polynomial(x, [], rows, None, self.coefficients, self.spec, "out").flatten(1)
+
+
+class SymmetricContractionStandIn(nn.Module):
+    """MACE's ``SymmetricContraction``: the contractions to each output irrep, concatenated."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        super().__init__()
+        self.contractions = nn.ModuleList(
+            ContractionStandIn(contraction, str(ir), path)
+            for (_, ir), contraction in zip(module.irreps_out, module.contractions, strict=True)
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([contraction(x, y) for contraction in self.contractions], dim=-1)
+
+
+#: qualified class name -> rule; a subclass without a rule of its own takes its base's
+RULES: Mapping[str, Rule] = {
+    "e3nn.o3._tensor_product._tensor_product.TensorProduct": TensorProductStandIn,
+    "e3nn.o3._linear.Linear": LinearStandIn,
+    "e3nn.o3._spherical_harmonics.SphericalHarmonics": SphericalHarmonicsStandIn,
+    "mace.modules.symmetric_contraction.SymmetricContraction": SymmetricContractionStandIn,
+}
+
+
+def install(model: nn.Module, rules: Mapping[str, Rule]) -> nn.Module:
+    """Replace every module of ``model`` that a rule covers, in place; returns the model.
+
+    Raises:
+        UnsupportedModelError: a scripted module is left, which would freeze sizes silently.
+    """
+    replaced = _install(model, rules, "")
+    for path, module in replaced.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            owner = replaced.get_submodule(path.rpartition(".")[0])
+            raise UnsupportedModelError(
+                f"{type(owner).__name__} holds compiled TorchScript code, which would freeze the traced sizes",
+                where=Location(module_path=path),
+                hint=f"register a module rule for {_qualified(type(owner))} (entry point group fxpass.module_rules)",
+            )
+    return replaced
+
+
+def _install(module: nn.Module, rules: Mapping[str, Rule], path: str) -> nn.Module:
+    for cls in type(module).__mro__:
+        rule = rules.get(_qualified(cls))
+        if rule is not None:
+            return rule(module, path)
+    for name, child in module.named_children():
+        new = _install(child, rules, f"{path}.{name}".lstrip("."))
+        if new is not child:
+            setattr(module, name, new)
+    return module
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

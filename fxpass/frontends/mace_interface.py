@@ -1,0 +1,187 @@
+"""MACE's own ``forward`` over lowered programs; needs neither mace-torch nor e3nn, and scripts."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Tuple  # noqa: UP035  TorchScript reads these annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class AtomicEnergies(nn.Module):
+    """Energy of isolated atoms, eV: one-hot [atoms, species] -> [atoms, heads]."""
+
+    def __init__(self, energies: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("atomic_energies", energies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self.atomic_energies.t().to(x.dtype))
+
+
+class MaceInterface(nn.Module):
+    """``forward`` of ``MACE`` and ``ScaleShiftMACE``: the same arguments, the same outputs.
+
+    The two programs take (edge_vectors, edge_index, node_attrs, batch, head) and return a tuple: the
+    outputs named in ``names``, and for ``forces_program`` dE/d(edge vector) after them.  With
+    g_ij = dE/dr_ij and r_ij = r_receiver - r_sender + shift, forces are the sum of g over edges sent minus
+    the sum over edges received, and the virial is sum r_ij (x) g_ij, symmetrised.
+    """
+
+    def __init__(self, energy: nn.Module, forces: nn.Module, attributes: Any, names: List[str]) -> None:
+        super().__init__()
+        dtype = getattr(torch, attributes["dtype"])
+        self.energy_program = energy
+        self.forces_program = forces
+        self.names: List[str] = names
+        self.species: int = len(attributes["numbers"])
+        self.heads: List[str] = list(attributes["heads"])
+        self.interaction: bool = "interaction_energy" in names
+        self.register_buffer("r_max", torch.tensor(attributes["cutoff"], dtype=dtype))
+        self.register_buffer("atomic_numbers", torch.tensor(attributes["numbers"], dtype=torch.int64))
+        self.register_buffer("num_interactions", torch.tensor(attributes["num_interactions"]))
+        self.atomic_energies_fn = AtomicEnergies(torch.tensor(attributes["atomic_energies"], dtype=dtype))
+
+    def forward(
+        self,
+        data: Dict[str, Tensor],
+        training: bool = False,
+        compute_force: bool = True,
+        compute_virials: bool = False,
+        compute_stress: bool = False,
+        compute_displacement: bool = False,
+        compute_hessian: bool = False,
+        compute_edge_forces: bool = False,
+        compute_atomic_stresses: bool = False,
+        lammps_mliap: bool = False,
+    ) -> Dict[str, Optional[Tensor]]:
+        """Evaluate a batch; arguments, outputs, shapes and units are MACE's.
+
+        With ``training`` (or ``compute_hessian``) the outputs carry an autograd graph.
+
+        Raises:
+            RuntimeError: ``lammps_mliap`` (the ML-IAP interface exchanges features between ranks inside
+                the model, which a compiled program does not do), or species attributes that are not one-hot.
+        """
+        if lammps_mliap:
+            raise RuntimeError("fxpass: lammps_mliap=True is not covered by the optimised model; use the original there")
+        positions = data["positions"]
+        attrs = data["node_attrs"]
+        if attrs.size(1) != self.species or bool((attrs.max(dim=1)[0] != attrs.sum(dim=1)).any()):
+            raise RuntimeError("fxpass: node_attrs must be one-hot over the model's species")
+        batch, index = data["batch"], data["edge_index"]
+        graphs = data["ptr"].numel() - 1
+        head = data["head"] if "head" in data else torch.zeros(graphs, dtype=torch.int64, device=batch.device)
+        derive = compute_force or compute_virials or compute_stress or compute_hessian or compute_edge_forces
+        derive = derive or (compute_atomic_stresses and self.interaction)
+        record = training or compute_hessian
+        if record:
+            positions.requires_grad_(True)
+
+        displacement = torch.zeros((graphs, 3, 3), dtype=positions.dtype, device=positions.device)
+        shifts = data["shifts"]
+        strained = positions
+        if compute_virials or compute_stress or compute_displacement:
+            cell = data["cell"].view(-1, 3, 3)
+            if "displacement" in data:
+                displacement = data["displacement"]
+            strain = 0.5 * (displacement + displacement.transpose(-1, -2))
+            strained = positions + torch.bmm(positions.unsqueeze(1), strain[batch]).squeeze(1)
+            cell = cell + torch.matmul(cell, strain)
+            edge_cell = cell.index_select(0, batch.index_select(0, index[0]))
+            shifts = torch.bmm(data["unit_shifts"].unsqueeze(1), edge_cell).squeeze(1)
+        vectors = strained.index_select(0, index[1]) - strained.index_select(0, index[0]) + shifts
+
+        if record:
+            values, gradient = self._run(derive, vectors, index, attrs, batch, head)
+        else:
+            with torch.no_grad():
+                values, gradient = self._run(derive, vectors.detach(), index, attrs, batch, head)
+
+        result: Dict[str, Optional[Tensor]] = {}
+        for name, value in zip(self.names, values):
+            result[name] = value
+        for name in ("forces", "edge_forces", "virials", "stress", "atomic_virials", "atomic_stresses", "hessian"):
+            result[name] = None
+        result["displacement"] = displacement
+        if gradient is not None:
+            tensors = compute_virials or compute_stress
+            if compute_force or tensors:
+                forces = torch.zeros_like(positions).index_add(0, index[0], gradient)
+                forces = forces.index_add(0, index[1], gradient, alpha=-1)
+                if tensors and "displacement" in data:  # chain rule through strained positions
+                    strain = 0.5 * (displacement + displacement.transpose(-1, -2))
+                    forces = forces + torch.bmm(forces.unsqueeze(1), strain[batch].transpose(1, 2)).squeeze(1)
+                result["forces"] = forces
+            if tensors:
+                unstrained = vectors
+                if "displacement" in data:
+                    cell = data["cell"].view(-1, 3, 3)
+                    edge_cell = cell.index_select(0, batch.index_select(0, index[0]))
+                    unstrained = positions.index_select(0, index[1]) - positions.index_select(0, index[0])
+                    unstrained = unstrained + torch.bmm(data["unit_shifts"].unsqueeze(1), edge_cell).squeeze(1)
+                virials, stress = self._virials(unstrained, gradient, index, batch, data["cell"], graphs, compute_stress)
+                result["virials"] = virials
+                result["stress"] = stress
+            if compute_edge_forces or (compute_atomic_stresses and self.interaction):
+                result["edge_forces"] = gradient
+                if compute_atomic_stresses:
+                    per_atom = self._atomic_virials(vectors, gradient, index, positions.size(0), batch, data["cell"])
+                    result["atomic_virials"] = per_atom[0]
+                    result["atomic_stresses"] = per_atom[1]
+            if compute_hessian and not torch.jit.is_scripting():
+                result["hessian"] = self._hessian(result["forces"], positions)
+        return result
+
+    def _run(
+        self, derive: bool, vectors: Tensor, index: Tensor, attrs: Tensor, batch: Tensor, head: Tensor
+    ) -> Tuple[List[Tensor], Optional[Tensor]]:
+        if not derive:
+            energies: List[Tensor] = self.energy_program(vectors, index, attrs, batch, head)
+            return energies, None
+        values: List[Tensor] = self.forces_program(vectors, index, attrs, batch, head)
+        return values[:-1], values[-1]
+
+    def _virials(
+        self,
+        vectors: Tensor,
+        gradient: Tensor,
+        index: Tensor,
+        batch: Tensor,
+        cell: Tensor,
+        graphs: int,
+        compute_stress: bool,
+    ) -> Tuple[Tensor, Tensor]:
+        """Virials (eV) and stress (eV/Angstrom^3), [graphs, 3, 3]; stress is zero where not asked for."""
+        outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
+        edge_batch = batch.index_select(0, index[0])
+        total = torch.zeros((graphs, 3, 3), dtype=vectors.dtype, device=vectors.device).index_add(0, edge_batch, outer)
+        total = 0.5 * (total + total.transpose(1, 2))
+        stress = torch.zeros_like(total)
+        if compute_stress:
+            volume = torch.linalg.det(cell.view(-1, 3, 3)).abs()
+            stress = total / volume.view(-1, 1, 1)
+            stress = torch.where(torch.abs(stress) < 1e10, stress, torch.zeros_like(stress))
+        return -1 * total, stress
+
+    def _atomic_virials(
+        self, vectors: Tensor, gradient: Tensor, index: Tensor, atoms: int, batch: Tensor, cell: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """Per-atom virials (eV) and stresses (eV/Angstrom^3), [atoms, 3, 3]: half of each edge to either end."""
+        outer = gradient.unsqueeze(2) * vectors.unsqueeze(1)
+        empty = torch.zeros((atoms, 3, 3), dtype=vectors.dtype, device=vectors.device)
+        total = (empty.index_add(0, index[0], outer) + empty.index_add(0, index[1], outer)) / 2
+        total = (total + total.transpose(1, 2)) / 2
+        volume = torch.linalg.det(cell.view(-1, 3, 3)).abs()
+        stress = total / volume.index_select(0, batch).view(-1, 1, 1)
+        stress = torch.where(torch.abs(stress) < 1e10, stress, torch.zeros_like(stress))
+        return -1 * total, stress
+
+    @torch.jit.unused
+    def _hessian(self, forces: Optional[Tensor], positions: Tensor) -> Tensor:
+        """-dF/dr, [3 atoms, atoms, 3], eV/Angstrom^2, one row at a time."""
+        assert forces is not None
+        rows = [
+            torch.autograd.grad(-component, positions, retain_graph=True)[0] for component in forces.reshape(-1)
+        ]
+        return torch.stack(rows)

@@ -1,0 +1,331 @@
+"""The semantic ops: ``torch.library`` ops in the namespace ``fxpass``.
+
+Each op has a reference implementation, a shape function, a derivative made of ops of this same set,
+and a cost.  An op that is a polynomial map takes ``wrt``: the slot with respect to which it is
+evaluated.  ``wrt="out"`` is the forward map; every other value is a transposed map, so the derivative
+of an op is the same op with another ``wrt``, to any order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ..algebra.multilinear import parse_linear, parse_tensor_product
+from ..algebra.polynomial import parse_polynomial
+from . import reference
+
+_LIBRARY = torch.library.Library("fxpass", "DEF")
+_LIBRARY.define(
+    "tensor_product(Tensor? x1, Tensor? x2, Tensor? weight, Tensor? out, str spec, str wrt) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "linear(Tensor? x, Tensor? weight, Tensor? out, str spec, str wrt) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+_LIBRARY.define(
+    "polynomial(Tensor x, Tensor[] directions, Tensor? weight, Tensor? out, Tensor coefficients, "
+    "str spec, str wrt) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define("gather(Tensor x, Tensor index) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define(
+    "scatter_sum(Tensor source, Tensor index, SymInt size) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+tensor_product = torch.ops.fxpass.tensor_product.default
+linear = torch.ops.fxpass.linear.default
+polynomial = torch.ops.fxpass.polynomial.default
+gather = torch.ops.fxpass.gather.default
+scatter_sum = torch.ops.fxpass.scatter_sum.default
+
+# A reference may return a view of its input (an identity slice); an op's result never aliases one.
+def _owned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:
+        return function(*args).clone(memory_format=torch.contiguous_format)
+
+    return run
+
+
+for _name in ("tensor_product", "linear", "polynomial", "gather", "scatter_sum"):
+    torch.library.impl(f"fxpass::{_name}", "CompositeExplicitAutograd", _owned(getattr(reference, _name)))
+
+
+@torch.library.register_fake("fxpass::tensor_product")
+def _(x1: Tensor | None, x2: Tensor | None, weight: Tensor | None, out: Tensor | None, spec: str, wrt: str) -> Tensor:
+    tp = parse_tensor_product(spec)
+    rows = next(t for t in (x1, x2, out, None if tp.shared else weight) if t is not None)
+    if wrt == "weight" and tp.shared:
+        return rows.new_empty((tp.weights,))
+    return rows.new_empty((rows.shape[0], tp.dims[wrt]))
+
+
+@torch.library.register_fake("fxpass::linear")
+def _(x: Tensor | None, weight: Tensor | None, out: Tensor | None, spec: str, wrt: str) -> Tensor:
+    lin = parse_linear(spec)
+    rows = next(t for t in (x, out, None if lin.shared else weight) if t is not None)
+    if wrt == "weight" and lin.shared:
+        return rows.new_empty((lin.weights,))
+    return rows.new_empty((rows.shape[0], lin.dims[wrt]))
+
+
+@torch.library.register_fake("fxpass::polynomial")
+def _(
+    x: Tensor,
+    directions: Sequence[Tensor],
+    weight: Tensor | None,
+    out: Tensor | None,
+    coefficients: Tensor,
+    spec: str,
+    wrt: str,
+) -> Tensor:
+    rows, channels, _variables = x.shape
+    if wrt == "weight":
+        return x.new_empty((rows, coefficients.shape[1], channels))
+    return x.new_empty((rows, channels, coefficients.shape[2] if wrt == "out" else x.shape[2]))
+
+
+@torch.library.register_fake("fxpass::gather")
+def _(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty((index.shape[0], *x.shape[1:]))
+
+
+@torch.library.register_fake("fxpass::scatter_sum")
+def _(source: Tensor, index: Tensor, size: int) -> Tensor:
+    return source.new_empty((size, *source.shape[1:]))
+
+
+def _multilinear_autograd(op: Callable[..., Tensor], slots: tuple[str, ...]) -> None:
+    """Derivative of a multilinear op: for slot s, swap the incoming gradient for the slot ``wrt`` and ask for s."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *operands, ctx.spec, ctx.wrt = inputs
+        ctx.save_for_backward(*operands)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        operands = list(ctx.saved_tensors)
+        operands[slots.index(ctx.wrt)] = grad
+        grads: list[Tensor | None] = []
+        for n, slot in enumerate(slots):
+            if slot == ctx.wrt or not ctx.needs_input_grad[n]:
+                grads.append(None)
+                continue
+            given = [None if m == n else t for m, t in enumerate(operands)]
+            grads.append(op(*given, ctx.spec, slot))
+        return (*grads, None, None)
+
+    torch.library.register_autograd(str(op.name()), backward, setup_context=setup)  # type: ignore[attr-defined]
+
+
+_multilinear_autograd(tensor_product, ("x1", "x2", "weight", "out"))
+_multilinear_autograd(linear, ("x", "weight", "out"))
+
+
+def _polynomial_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, directions, weight, out, coefficients, ctx.spec, ctx.wrt = inputs
+    ctx.count = len(directions)
+    ctx.save_for_backward(x, weight, out, coefficients, *directions)
+
+
+def _polynomial_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, out, coefficients, *directions = ctx.saved_tensors
+    needs_x, _, needs_weight, needs_out, *_ = ctx.needs_input_grad
+    # the form is sum(out * D^d P[directions]) with the slot wrt replaced by grad
+    if ctx.wrt == "out":
+        out = grad
+    elif ctx.wrt == "weight":
+        weight = grad
+    else:
+        directions = [*directions, grad]
+
+    def ask(along: list[Tensor], w: Tensor | None, o: Tensor | None, wrt: str) -> Tensor:
+        return polynomial(x, along, w, o, coefficients, ctx.spec, wrt)
+
+    grad_x = ask(directions, weight, out, "direction") if needs_x else None
+    grads_d = [ask(directions[:n] + directions[n + 1 :], weight, out, "direction") for n in range(ctx.count)]
+    grad_w = ask(directions, None, out, "weight") if needs_weight and ctx.wrt != "weight" else None
+    grad_o = ask(directions, weight, None, "out") if needs_out and ctx.wrt != "out" else None
+    return grad_x, grads_d, grad_w, grad_o, None, None, None
+
+
+torch.library.register_autograd("fxpass::polynomial", _polynomial_backward, setup_context=_polynomial_setup)
+
+
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, index = inputs
+    ctx.size = x.shape[0]
+    ctx.save_for_backward(index)
+
+
+torch.library.register_autograd(
+    "fxpass::gather",
+    lambda ctx, grad: (scatter_sum(grad, ctx.saved_tensors[0], ctx.size), None),
+    setup_context=_gather_setup,
+)
+
+
+def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+torch.library.register_autograd(
+    "fxpass::scatter_sum",
+    lambda ctx, grad: (gather(grad, ctx.saved_tensors[0]), None, None),
+    setup_context=_scatter_setup,
+)
+
+
+@dataclass(frozen=True)
+class SemanticOp:
+    """One row of the semantics table.
+
+    Attributes:
+        name: op name without namespace.
+        reference: plain PyTorch implementation with the op's arguments.
+        summary: node -> short description for people, in place of the full spec.
+        cost: node -> (FLOPs, bytes moved) as sympy expressions in the shape symbols of ``meta["val"]``.
+        irreps: node -> irreps of the result's last dimension (None where the result carries weights).
+        operands: node -> slot name -> (operand node, irreps that the spec demands of it).
+    """
+
+    name: str
+    reference: Callable[..., Tensor]
+    summary: Callable[[fx.Node], str]
+    cost: Callable[[fx.Node], tuple[sympy.Expr, sympy.Expr]]
+    irreps: Callable[[fx.Node], str | None]
+    operands: Callable[[fx.Node], dict[str, tuple[fx.Node, str | None]]]
+
+
+def _slots(node: fx.Node, demanded: dict[str, str]) -> dict[str, tuple[fx.Node, str | None]]:
+    """Operands of a multilinear op by slot, leading arguments being the slots in order."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = zip(names, node.args, strict=False)
+    return {name: (a, demanded[name]) for name, a in given if isinstance(a, fx.Node) and name in demanded}
+
+
+def _expr(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _numel(value: Tensor) -> sympy.Expr:
+    return reduce(operator.mul, map(_expr, value.shape), sympy.Integer(1))
+
+
+def _bytes(node: fx.Node) -> sympy.Expr:
+    """Bytes of all tensor operands and of the result: what a perfect kernel moves at least."""
+    values = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    return sum((_numel(v) * v.element_size() for v in (*values, node.meta["val"])), sympy.Integer(0))
+
+
+def _rows(node: fx.Node, *, skip: Sequence[int] = ()) -> sympy.Expr:
+    first = next(a for k, a in enumerate(node.args) if isinstance(a, fx.Node) and k not in skip)
+    return _expr(first.meta["val"].shape[0])
+
+
+def _spec(node: fx.Node) -> str:
+    return str(node.args[-2])
+
+
+def _tp_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    tp = parse_tensor_product(_spec(node))
+    return _rows(node, skip=(2,) if tp.shared else ()) * tp.flops(), _bytes(node)
+
+
+def _linear_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    lin = parse_linear(_spec(node))
+    return _rows(node, skip=(1,) if lin.shared else ()) * lin.flops(), _bytes(node)
+
+
+def _polynomial_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    poly = parse_polynomial(_spec(node))
+    x, directions, weight, *_ = node.args
+    count, paths, outputs = node.args[4].meta["val"].shape  # type: ignore[union-attr]
+    rows, channels, _ = map(_expr, x.meta["val"].shape)  # type: ignore[union-attr]
+    build = (len(poly.order)) * (1 + len(directions))  # type: ignore[arg-type]
+    contraction = 2 * count * paths * outputs + (2 * paths * outputs if weight is not None else 0)
+    gradient = 2 * sum(map(len, poly.gradient)) if node.args[-1] == "direction" else 0
+    return rows * channels * (build + contraction + gradient), _bytes(node)
+
+
+def _tp_irreps(node: fx.Node) -> str | None:
+    tp = parse_tensor_product(_spec(node))
+    return {"x1": tp.irreps1, "x2": tp.irreps2, "out": tp.irreps_out}.get(str(node.args[-1]))
+
+
+def _linear_irreps(node: fx.Node) -> str | None:
+    lin = parse_linear(_spec(node))
+    return {"x": lin.irreps_in, "out": lin.irreps_out}.get(str(node.args[-1]))
+
+
+def _polynomial_irreps(node: fx.Node) -> str | None:
+    poly = parse_polynomial(_spec(node))
+    return {"out": poly.irreps_out, "direction": poly.irreps_in}.get(str(node.args[-1]))
+
+
+def _tp_operands(node: fx.Node) -> dict[str, tuple[fx.Node, str | None]]:
+    tp = parse_tensor_product(_spec(node))
+    return _slots(node, {"x1": tp.irreps1, "x2": tp.irreps2, "out": tp.irreps_out})
+
+
+def _linear_operands(node: fx.Node) -> dict[str, tuple[fx.Node, str | None]]:
+    lin = parse_linear(_spec(node))
+    return _slots(node, {"x": lin.irreps_in, "out": lin.irreps_out})
+
+
+def _polynomial_operands(node: fx.Node) -> dict[str, tuple[fx.Node, str | None]]:
+    poly = parse_polynomial(_spec(node))
+    return _slots(node, {"x": poly.irreps_in, "out": poly.irreps_out})
+
+
+def _no_operands(node: fx.Node) -> dict[str, tuple[fx.Node, str | None]]:
+    return {}
+
+
+def _first_irreps(node: fx.Node) -> str | None:
+    return node.args[0].meta.get("irreps")  # type: ignore[union-attr]
+
+
+def _tp_summary(node: fx.Node) -> str:
+    tp = parse_tensor_product(_spec(node))
+    weights = f"{tp.weights} {'shared' if tp.shared else 'per-row'} weights"
+    return f"{tp.irreps1} x {tp.irreps2} -> {tp.irreps_out}, {len(tp.paths)} paths, {weights}, wrt {node.args[-1]}"
+
+
+def _linear_summary(node: fx.Node) -> str:
+    lin = parse_linear(_spec(node))
+    return f"{lin.irreps_in} -> {lin.irreps_out}, {lin.weights} weights, wrt {node.args[-1]}"
+
+
+def _polynomial_summary(node: fx.Node) -> str:
+    poly = parse_polynomial(_spec(node))
+    degree = len(poly.closure) - 1
+    text = f"{poly.irreps_in} -> {poly.irreps_out}, degree {degree}, {len(poly.monomials)} monomials"
+    return f"{text}, wrt {node.args[-1]}"
+
+
+def _zero_flops(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    return sympy.Integer(0), _bytes(node)
+
+
+def _scatter_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    return _numel(node.args[0].meta["val"]), _bytes(node)  # type: ignore[union-attr]
+
+
+SEMANTIC: dict[torch._ops.OpOverload, SemanticOp] = {
+    tensor_product: SemanticOp(
+        "tensor_product", reference.tensor_product, _tp_summary, _tp_cost, _tp_irreps, _tp_operands
+    ),
+    linear: SemanticOp("linear", reference.linear, _linear_summary, _linear_cost, _linear_irreps, _linear_operands),
+    polynomial: SemanticOp(
+        "polynomial", reference.polynomial, _polynomial_summary, _polynomial_cost, _polynomial_irreps, _polynomial_operands
+    ),
+    gather: SemanticOp("gather", reference.gather, lambda node: "", _zero_flops, _first_irreps, _no_operands),
+    scatter_sum: SemanticOp("scatter_sum", reference.scatter_sum, lambda node: "", _scatter_cost, _first_irreps, _no_operands),
+}

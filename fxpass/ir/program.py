@@ -1,0 +1,158 @@
+"""A program: one FX graph with named, typed, dimensioned inputs and outputs.
+
+Sizes are symbolic and have names: ``"atoms"``, ``"edges"``, ``"graphs"``.  A dimension is an
+``int``, a name, or a sum such as ``"graphs+1"``.  The graph is flat: placeholders in the order of
+``inputs``; ``get_attr`` nodes for weights and constants, by flat name on the graph module; one
+output node that returns a tuple in the order of ``outputs``.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import fx
+
+Dim = int | str
+Stage = Literal["energy", "forces"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a program.
+
+    Attributes:
+        name: field name, e.g. ``"edge_vectors"``.
+        dims: shape, each an ``int`` or the name of a symbolic size.
+        dtype: element type.
+        irreps: irreps of the last dimension in e3nn notation, or ``None`` where it has none.
+        unit: physical unit, e.g. ``"eV"`` or ``"eV/Angstrom"``.
+        properties: facts that the frontend guarantees, e.g. ``"one_hot"`` for species attributes,
+            ``"index:atoms"`` for an index into atoms, ``"edge_vector"`` for the differentiated input.
+    """
+
+    name: str
+    dims: tuple[Dim, ...]
+    dtype: torch.dtype
+    irreps: str | None = None
+    unit: str = ""
+    properties: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model at one stage of compilation.
+
+    Attributes:
+        graph_module: the flat graph with its weights.
+        inputs: in placeholder order.
+        outputs: in output-tuple order.
+        stage: ``"energy"`` before ``differentiate``, ``"forces"`` after it.
+        energy: name of the output (eV, one per graph) that is differentiated.
+        assumptions: what passes rely on beyond the frontend's guarantees, checked at run time.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    stage: Stage = "energy"
+    energy: str = "energy"
+    assumptions: tuple[str, ...] = field(default=())
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def placeholders(self) -> dict[str, fx.Node]:
+        """Input name -> placeholder node."""
+        nodes = [n for n in self.graph.nodes if n.op == "placeholder"]
+        return {spec.name: node for spec, node in zip(self.inputs, nodes, strict=True)}
+
+    @property
+    def results(self) -> dict[str, fx.Node]:
+        """Output name -> the node that is returned under that name."""
+        (returned,) = self.graph.output_node().args
+        assert isinstance(returned, (tuple, list))
+        return {spec.name: node for spec, node in zip(self.outputs, returned, strict=True)}  # type: ignore[misc]
+
+    def input(self, name: str) -> TensorSpec:
+        return next(s for s in self.inputs if s.name == name)
+
+    def with_property(self, prop: str) -> tuple[TensorSpec, ...]:
+        return tuple(s for s in self.inputs if prop in s.properties)
+
+    def with_assumptions(self, assumptions: tuple[str, ...]) -> Program:
+        """The same program relying on ``assumptions`` too."""
+        return replace(self, assumptions=tuple(dict.fromkeys((*self.assumptions, *assumptions))))
+
+    def without_gradient(self) -> Program:
+        """The energy outputs of a force program alone, as a program of its own."""
+        program = self.copy()
+        node = program.graph.output_node()
+        node.args = (tuple(node.args[0])[:-1],)  # type: ignore[arg-type]
+        program.graph.eliminate_dead_code()
+        program.graph_module.recompile()
+        return replace(program, outputs=self.outputs[:-1], stage="energy")
+
+    def cast(self, dtype: torch.dtype) -> Program:
+        """The program computing in ``dtype`` in place of its own element type; weights are cast, not recomputed."""
+        own = next(s.dtype for s in self.inputs if s.dtype.is_floating_point)
+        if own == dtype:
+            return self
+
+        def other(value: object) -> object:
+            return dtype if value is own else value
+
+        program = self.copy()
+        module = program.graph_module
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.dtype == own:
+                delattr(module, name)
+                module.register_buffer(name, tensor.detach().to(dtype))
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                node.args = fx.node.map_aggregate(node.args, other)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, other)  # type: ignore[assignment]
+        module.recompile()
+
+        def retyped(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(replace(s, dtype=dtype if s.dtype == own else s.dtype) for s in specs)
+
+        return replace(program, inputs=retyped(self.inputs), outputs=retyped(self.outputs))
+
+    def copy(self) -> Program:
+        """A program whose graph may be changed freely; tensors are shared with this one."""
+        source = self.graph_module
+        root = torch.nn.Module()
+        for name, parameter in source.named_parameters(remove_duplicate=False):
+            root.register_parameter(name, parameter)
+        for name, buffer in source.named_buffers(remove_duplicate=False):
+            root.register_buffer(name, buffer)
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        returned = graph.graph_copy(source.graph, mapping)
+        graph.output(returned)
+        graph.output_node().meta = copy.copy(source.graph.output_node().meta)
+        return replace(self, graph_module=fx.GraphModule(root, graph, class_name="Program"))
+
+
+def attribute(program: Program, node: fx.Node) -> torch.Tensor:
+    """The tensor behind a ``get_attr`` node."""
+    assert node.op == "get_attr"
+    value = getattr(program.graph_module, str(node.target))
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def add_constant(program: Program, name: str, value: torch.Tensor) -> str:
+    """Store ``value`` as a buffer under a fresh flat name derived from ``name``; return that name."""
+    base = name.replace(".", "_")
+    fresh, n = base, 0
+    while hasattr(program.graph_module, fresh):
+        n += 1
+        fresh = f"{base}_{n}"
+    program.graph_module.register_buffer(fresh, value.detach())
+    return fresh

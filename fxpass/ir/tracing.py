@@ -1,0 +1,234 @@
+"""Tracing a function to a program, and replaying a program inside a trace.
+
+``trace_program`` is the one way a graph is made: at capture from a model, in ``differentiate`` from
+the energy program and autograd, in ``legalize`` from the reference implementations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .._torch_compat import fake_inputs, frozen_sizes, trace
+from ..errors import CaptureError, Location
+from .metadata import Provenance, provenance
+from .program import Program, Stage, TensorSpec
+
+#: prime hints that collide with no model dimension
+SIZES = {"atoms": 1009, "edges": 4177, "graphs": 211}
+OTHER_SIZES = {"atoms": 1013, "edges": 4201, "graphs": 223}
+
+
+def trace_program(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    constants: Mapping[str, Tensor],
+    *,
+    stage: Stage,
+    energy: str = "energy",
+    sizes: Mapping[str, int] = SIZES,
+    differentiable: str | None = None,
+    mutates: bool = False,
+) -> tuple[Program, tuple[str, ...]]:
+    """Trace ``function(*inputs) -> outputs`` with symbolic sizes.
+
+    Args:
+        function: takes one tensor per input spec, returns one per output spec.
+        constants: name -> tensor the function closes over; the graph refers to them by these names.
+        sizes: hints for the named sizes.
+        differentiable: name of the input that ``function`` differentiates by.
+        mutates: ``function`` may change tensors in place; the trace is made functional.
+
+    Returns:
+        the program, and the conditions under which the trace froze a size (empty when it is dynamic).
+    """
+    fakes = fake_inputs([(s.name, s.dims, s.dtype) for s in inputs], dict(sizes))
+    for spec, fake in zip(inputs, fakes, strict=True):
+        fake.requires_grad_(spec.name == differentiable)
+    body: Callable[..., Any] = lambda *args: tuple(function(*args))  # noqa: E731
+    traced = trace(torch.func.functionalize(body, remove="mutations") if mutates else body, fakes)
+    functional(traced.graph)
+    names = {id(t): name.replace(".", "_") for name, t in reversed(list(constants.items()))}
+    module = _adopt(traced, names)
+    for node, spec in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.name = node.target = spec.name
+        node.meta["irreps"] = spec.irreps
+    module.recompile()
+    return Program(module, inputs, outputs, stage=stage, energy=energy), frozen_sizes(fakes)
+
+
+def _adopt(traced: fx.GraphModule, names: Mapping[int, str]) -> fx.GraphModule:
+    """Flatten constants onto one root, under their names, each tensor once."""
+    root = nn.Module()
+    placed: dict[tuple[Any, ...], str] = {}
+    for node in list(traced.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(traced, str(node.target))
+        key = _identity(value, names)
+        if key not in placed:
+            base = names.get(id(value), "constant")
+            name, n = base, 0
+            while hasattr(root, name):
+                n += 1
+                name = f"{base}_{n}"
+            if isinstance(value, nn.Parameter):
+                root.register_parameter(name, value)
+            else:
+                root.register_buffer(name, value)
+            placed[key] = name
+        node.target = placed[key]
+        node.meta["val"] = value
+    module = fx.GraphModule(root, traced.graph, class_name="Program")
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def functional(graph: fx.Graph) -> None:
+    """Replace in-place ops on fresh temporaries by their functional forms, in place.
+
+    Derivative formulas of torch use them (``masked_fill_`` in that of a norm).
+
+    Raises:
+        CaptureError: the changed tensor is an input, a weight, or a view of something else.
+    """
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        changed = node.args[0]
+        overload = getattr(torch.ops.aten, node.target.overloadpacket.__name__.rstrip("_"), None)
+        twin = getattr(overload, node.target._overloadname, None)
+        fresh = changed.op == "call_function" and not any(r.alias_info for r in changed.target._schema.returns)
+        if twin is None or not fresh:
+            raise CaptureError(
+                f"{node.target} changes a tensor in place that may be shared",
+                where=Location(node=node.name, module_path=provenance(node).module),
+                hint="write this operation out of place in the model",
+            )
+        node.target = twin
+        changed.replace_all_uses_with(node, delete_user_cb=lambda user, at=node: order[user] > order[at])
+
+
+def _identity(value: Tensor, names: Mapping[int, str]) -> tuple[Any, ...]:
+    """Named tensors are told apart by identity, literals that a trace made by content."""
+    if id(value) in names or value.numel() > 1 << 16:
+        return ("id", id(value))
+    return ("content", value.dtype, tuple(value.shape), str(value.device), value.cpu().numpy().tobytes())
+
+
+def constants_of(program: Program) -> dict[str, Tensor]:
+    """The program's weights and constants by flat name."""
+    module = program.graph_module
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+class Replay(fx.Interpreter):
+    """Runs a program inside a trace: new nodes, and the backward of them, inherit provenance.
+
+    Args:
+        program: what to run.
+        expand: op -> function that runs in its place (a legalisation).
+        made_by: name of the pass, stored in the provenance of the nodes it makes.
+    """
+
+    def __init__(
+        self, program: Program, expand: Mapping[Any, Callable[..., Any]] | None = None, made_by: str = ""
+    ) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=False)
+        self.expand = expand or {}
+        self.made_by = made_by
+        self.seen: set[Any] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        origin = provenance(n)
+        if n.op == "call_function" and n.target in self.expand:
+            origin = replace(origin, made_by=self.made_by)
+        with fx.traceback.annotate({"fxpass": asdict(origin)}):
+            result = super().run_node(n)
+        if isinstance(result, Tensor) and result.grad_fn is not None:
+            self._tag(result.grad_fn, replace(origin, backward=True, made_by=self.made_by))
+        return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(self.expand.get(target, target), args, kwargs)
+
+    def _tag(self, grad_fn: Any, origin: Provenance) -> None:
+        """Make the backward of every autograd node that this graph node added run under ``origin``."""
+        stack = [grad_fn]
+        while stack:
+            fn = stack.pop()
+            if fn is None or fn in self.seen:
+                continue
+            self.seen.add(fn)
+            scope = _Scope(origin)
+            fn.register_prehook(scope.enter)
+            fn.register_hook(scope.exit)
+            stack.extend(next_fn for next_fn, _ in fn.next_functions)
+
+
+class _Scope:
+    """Annotation that is open while one autograd node runs."""
+
+    def __init__(self, origin: Provenance) -> None:
+        self.origin = origin
+        self.context: Any = None
+
+    def enter(self, _grads: Any) -> None:
+        self.context = fx.traceback.annotate({"fxpass": asdict(self.origin)})
+        self.context.__enter__()
+
+    def exit(self, _grad_inputs: Any, _grad_outputs: Any) -> None:
+        self.context.__exit__(None, None, None)
+
+
+@contextmanager
+def module_provenance(model: nn.Module) -> Iterator[None]:
+    """While open, nodes traced from ``model`` carry the path of the module that runs."""
+    stack: list[Any] = []
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            stack.append(fx.traceback.annotate({"fxpass": asdict(Provenance(module=path))}))
+            stack[-1].__enter__()
+
+        return hook
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+        stack.pop().__exit__(None, None, None)
+
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(path)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def record_sources(graph: fx.Graph) -> None:
+    """Add ``file:line`` of the innermost frame outside torch and fxpass to every node's provenance."""
+    skipped = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+    for node in graph.nodes:
+        frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+        own = [(f, line) for f, line in frames if not f.startswith(skipped) and not f.startswith("<")]
+        if own and node.op == "call_function":
+            file, line = own[-1]
+            parts = Path(file).parts
+            short = "/".join(parts[parts.index("site-packages") + 1 :] if "site-packages" in parts else parts[-2:])
+            origin = replace(provenance(node), source=f"{short}:{line}")
+            node.meta["custom"] = {**(node.meta.get("custom") or {}), "fxpass": asdict(origin)}

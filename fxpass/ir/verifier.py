@@ -1,0 +1,127 @@
+"""The verifier: derives shapes, dtypes and irreps of every node again, and names the node that breaks.
+
+It runs after every pass.  What it derives is stored: ``meta["val"]`` and ``meta["irreps"]``.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .._torch_compat import fake_inputs, frozen_sizes
+from ..errors import Location, PassError
+from .irreps_transfer import transfer
+from .metadata import provenance
+from .program import Program
+from .tracing import SIZES
+
+#: functions on symbolic sizes that a graph may call besides ops
+ARITHMETIC = frozenset(
+    {
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.floordiv,
+        operator.truediv,
+        operator.mod,
+        operator.neg,
+        operator.getitem,
+        torch.sym_max,
+        torch.sym_min,
+    }
+)
+
+
+def verify(program: Program) -> None:
+    """Check ``program`` and refresh the metadata of its nodes.
+
+    Raises:
+        PassError: a malformed graph, an op that is neither ATen nor semantic, arguments that an op does
+            not take, an output of another shape or dtype than declared, a frozen size, or a node that
+            mixes irreps.  The node, its module and its source line are named.
+    """
+    try:
+        program.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        raise PassError(f"the graph is malformed: {str(error).strip().splitlines()[0]}") from error
+    for node in program.graph.nodes:
+        _check_node(node)
+    if len(program.placeholders) != len(program.inputs):
+        raise PassError("the graph's placeholders do not match the program's inputs")
+    fakes = fake_inputs([(s.name, s.dims, s.dtype) for s in program.inputs], SIZES)
+    with fakes[0].fake_mode, torch.no_grad():
+        returned = _Derive(program).run(*fakes)
+    sizes = {str(d): s for spec, f in zip(program.inputs, fakes, strict=True) for d, s in zip(spec.dims, f.shape, strict=True)}
+    for spec, value, node in zip(program.outputs, returned, program.results.values(), strict=True):
+        shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.dims)
+        same = len(shape) == value.dim() and all(
+            str(a) == str(b) for a, b in zip(shape, value.shape, strict=True)
+        )
+        if not same or value.dtype != spec.dtype:
+            raise PassError(
+                f"the output {spec.name} is {list(value.shape)} of {value.dtype}, declared {list(spec.dims)} of {spec.dtype}",
+                where=_place(node),
+            )
+    frozen = frozen_sizes(fakes)
+    if frozen:
+        raise PassError(f"the graph ties a size to a value: {'; '.join(frozen)}")
+    for spec, node in zip(program.inputs, program.placeholders.values(), strict=True):
+        node.meta["irreps"] = spec.irreps
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            irreps, complaint = transfer(node)
+            if complaint:
+                raise PassError(f"equivariance is broken: {complaint}", where=_place(node))
+            node.meta["irreps"] = irreps
+
+
+def _place(node: fx.Node) -> Location:
+    origin = provenance(node)
+    value = node.meta.get("val")
+    return Location(
+        node=node.name,
+        shape=str(list(value.shape)) if isinstance(value, torch.Tensor) else None,
+        irreps=node.meta.get("irreps"),
+        module_path=origin.module or None,
+        source=origin.source or None,
+    )
+
+
+def _check_node(node: fx.Node) -> None:
+    if node.op in ("call_module", "call_method"):
+        raise PassError(f"the graph holds a {node.op} of {node.target}; only ops are allowed", where=_place(node))
+    if node.op != "call_function":
+        return
+    target: Any = node.target
+    if target in ARITHMETIC:
+        return
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "fxpass"):
+        raise PassError(
+            f"the graph calls {getattr(target, '__name__', target)}, which is neither ATen nor a semantic op",
+            where=_place(node),
+            hint="call torch.ops.aten.NAME.OVERLOAD, or register the op in the namespace fxpass",
+        )
+    if target._schema.is_mutable:
+        raise PassError(f"{target} changes a tensor in place", where=_place(node), hint="use the functional op")
+
+
+class _Derive(fx.Interpreter):
+    """Runs the graph on fake tensors and stores each result."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=False)
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            result = super().run_node(n)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+            text = str(error).strip().splitlines()
+            raise PassError(
+                f"{n.format_node()} does not fit: {text[0] if text else type(error).__name__}", where=_place(n)
+            ) from error
+        n.meta["val"] = result
+        return result

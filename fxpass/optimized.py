@@ -1,0 +1,102 @@
+"""The result of ``optimize``: a drop-in for the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from .errors import UsageError
+from .ir.program import Program
+from .report import Report
+
+if TYPE_CHECKING:
+    from ase.calculators.calculator import Calculator
+
+    from .frontends.base import Frontend
+
+Rebuild = Callable[[torch.dtype, torch.device], "Optimized"]
+
+
+class Optimized(nn.Module):
+    """An optimised model: call it as the original, with the original's arguments and outputs.
+
+    Attributes:
+        program: the optimised program, before it was lowered to the target.
+        report: what every pass did, timings, and the receipt.
+        interface: the family's own ``forward`` over the lowered programs.
+        frontend: the family.
+        facts: what the family's drop-in knows of the model (species, cutoff in Angstrom, heads, ...).
+
+    Other attributes are the interface's, so code that reads ``model.r_max`` goes on working.
+    """
+
+    def __init__(
+        self,
+        interface: nn.Module,
+        program: Program,
+        report: Report,
+        frontend: Frontend,
+        facts: dict[str, Any],
+        rebuild: Rebuild | None,
+    ) -> None:
+        super().__init__()
+        self.interface = interface
+        self.program = program
+        self.report = report
+        self.frontend = frontend
+        self.facts = facts
+        self.rebuild = rebuild
+        self.forward = interface.forward  # the original's signature, for people and for inspect
+        self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("interface"), name)
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The optimised graph with its semantic ops, to look at and to run (canonical inputs, see ``program``)."""
+        return self.program.graph_module
+
+    def calculator(self, **options: Any) -> Calculator:
+        """An ASE calculator with energy, free_energy, forces and, for periodic cells, stress.
+
+        Raises:
+            MissingExtraError: ASE is not installed.
+        """
+        from .targets.ase import calculator
+
+        return calculator(self, **options)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model to ``path``: a data-only package, or a TorchScript file for that target.
+
+        Raises:
+            UsageError: the file exists (and ``overwrite`` is not given) or cannot be written.
+        """
+        from .package import save
+
+        save(self, Path(path), overwrite=overwrite)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Optimized:
+        """Moves and casts: another dtype or device is another program, so it is built again, not converted."""
+        own = next(s.dtype for s in self.program.inputs if s.dtype.is_floating_point)
+        here = next((t.device for t in self.interface.buffers()), torch.device("cpu"))
+        probe = fn(torch.zeros((), dtype=own, device=here))
+        if probe.dtype == own and probe.device == here:
+            return self
+        if self.rebuild is None:
+            raise UsageError(
+                f"this model was loaded from a file made for {own} on {here} and cannot become {probe.dtype} on {probe.device}",
+                hint="optimise the original checkpoint in that dtype and save it again",
+            )
+        new = self.rebuild(probe.dtype, probe.device)
+        self.interface, self.program, self.report = new.interface, new.program, new.report
+        self.facts, self.forward = new.facts, new.interface.forward
+        return self

@@ -1,0 +1,307 @@
+"""Saved models: a data-only package, or a TorchScript file that says so.
+
+A package is a zip archive of ``package.json`` (format, family, facts, target, report), ``program.json``
+(the graph as data), ``weights.npz`` (no pickle) and ``digest.json``.  Loading it runs no code that it
+carries: graphs may only name ATen ops and fxpass's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from .errors import PackageError, UsageError
+from .ir.program import Program, TensorSpec
+from .ir.verifier import ARITHMETIC
+from .verify.receipt import Receipt
+from .report import Report
+
+if TYPE_CHECKING:
+    from .optimized import Optimized
+
+FORMAT = 1
+MEMBERS = ("package.json", "program.json", "weights.npz")
+INSIDE_SCRIPT = "fxpass.zip"
+_FUNCTIONS = {f"{f.__module__.lstrip('_')}.{f.__name__}": f for f in ARITHMETIC}
+#: string arguments of ATen ops that select a formula; any other string could name a file
+_STRINGS = frozenset({"rounding_mode", "approximate", "reduce", "indexing", "spec", "wrt"})
+
+
+def write_new(path: Path, write: Callable[[IO[bytes]], None], *, overwrite: bool) -> None:
+    """Write a file all at once: to a temporary file beside it, then renamed.
+
+    Raises:
+        UsageError: the file exists and ``overwrite`` is false, or the folder cannot be written to.
+    """
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists and is left as it is", hint="another name, or --overwrite (overwrite=True)")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint="the name of a file")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", hint="a folder that exists and is writable") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def save(model: Optimized, path: Path, *, overwrite: bool = False) -> None:
+    """Write ``model`` to ``path``: a package, or for the target torchscript a script that holds its package."""
+    data = _pack(model)
+    if model.report.target == "torchscript":
+        from .targets.torchscript import script
+
+        buffer = io.BytesIO()
+        torch.jit.save(script(model.interface), buffer, _extra_files={INSIDE_SCRIPT: data})
+        data = buffer.getvalue()
+
+    def write(file: IO[bytes]) -> None:
+        file.write(data)
+
+    write_new(path, write, overwrite=overwrite)
+
+
+def load(path: Path) -> Optimized:
+    """The model that :func:`save` wrote.
+
+    Raises:
+        PackageError: not a saved model, truncated, altered, or of a newer format.
+    """
+    from .api import assemble
+
+    if not path.is_file():
+        raise PackageError(f"there is no file {path}", hint="check the path")
+    scripted = None
+    try:
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            inside = [name for name in archive.namelist() if name.endswith(f"/extra/{INSIDE_SCRIPT}")]
+            if inside:
+                data = archive.read(inside[0])
+        if inside:
+            scripted = torch.jit.load(str(path), map_location="cpu")
+        program, facts = _unpack(data)
+        report = Report.from_json(facts["report"], read_receipt=Receipt.from_json)
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+        raise PackageError(
+            f"{path} is not a saved fxpass model, or it is truncated ({str(error).splitlines()[0]})",
+            hint="save the model again",
+        ) from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise PackageError(
+            f"{path} is damaged: {type(error).__name__}: {error}", hint="save the model again"
+        ) from error
+    return assemble(program, facts, report, scripted)
+
+
+def _pack(model: Optimized) -> bytes:
+    facts = {
+        "format": FORMAT,
+        "family": model.frontend.name,
+        "facts": model.facts,
+        "target": model.report.target,
+        "report": model.report.to_json(),
+    }
+    members = {
+        "package.json": json.dumps(facts, indent=1).encode(),
+        "program.json": json.dumps(program_to_json(model.program)).encode(),
+        "weights.npz": _weights(model.program),
+    }
+    digest = {name: hashlib.sha256(member).hexdigest() for name, member in members.items()}
+    members["digest.json"] = json.dumps(digest).encode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> tuple[Program, dict[str, Any]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        missing = [name for name in (*MEMBERS, "digest.json") if name not in names]
+        if missing:
+            raise PackageError(f"the file is not a saved fxpass model: it holds no {missing[0]}")
+        members = {name: archive.read(name) for name in names}
+    digest = json.loads(members["digest.json"])
+    for name in MEMBERS:
+        if hashlib.sha256(members[name]).hexdigest() != digest[name]:
+            raise PackageError(f"the file was altered after it was saved: {name} differs from its digest")
+    facts = json.loads(members["package.json"])
+    if facts["format"] > FORMAT:
+        raise PackageError(
+            f"the file has format {facts['format']}, this fxpass reads up to {FORMAT}", hint="pip install -U fxpass"
+        )
+    weights = np.load(io.BytesIO(members["weights.npz"]), allow_pickle=False)
+    return program_from_json(json.loads(members["program.json"]), {k: weights[k] for k in weights.files}), facts
+
+
+def _weights(program: Program) -> bytes:
+    arrays = {}
+    for node in program.graph.find_nodes(op="get_attr"):
+        tensor = getattr(program.graph_module, str(node.target)).detach().cpu()
+        arrays[str(node.target)] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+# --- programs as data
+
+
+def program_to_json(program: Program) -> dict[str, Any]:
+    """The graph, its interface and its metadata as JSON values; weights are referred to by name."""
+    return {
+        "stage": program.stage,
+        "energy": program.energy,
+        "assumptions": list(program.assumptions),
+        "inputs": [_spec_to_json(s) for s in program.inputs],
+        "outputs": [_spec_to_json(s) for s in program.outputs],
+        "nodes": [
+            {
+                "name": node.name,
+                "op": node.op,
+                "target": _target_name(node),
+                "args": _encode(node.args),
+                "kwargs": _encode(dict(node.kwargs)),
+                "custom": node.meta.get("custom", {}).get("fxpass", {}),
+            }
+            for node in program.graph.nodes
+        ],
+        "dtypes": {
+            str(n.target): str(getattr(program.graph_module, str(n.target)).dtype).removeprefix("torch.")
+            for n in program.graph.find_nodes(op="get_attr")
+        },
+    }
+
+
+def program_from_json(data: dict[str, Any], arrays: dict[str, np.ndarray]) -> Program:
+    """Inverse of :func:`program_to_json`.
+
+    Raises:
+        PackageError: the graph names something that is neither an ATen op, nor fxpass's, nor size arithmetic.
+    """
+    root = nn.Module()
+    for name, array in arrays.items():
+        tensor = torch.from_numpy(array)
+        if data["dtypes"][name] == "bfloat16":
+            tensor = tensor.view(torch.bfloat16)
+        root.register_buffer(name, tensor)
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for row in data["nodes"]:
+        args, kwargs = _decode(row["args"], nodes), _decode(row["kwargs"], nodes)
+        if row["op"] not in ("placeholder", "get_attr", "call_function", "output"):
+            raise PackageError(f"the package holds a node of kind {row['op']!r}, which programs do not have")
+        target = _resolve(row["target"]) if row["op"] == "call_function" else row["target"]
+        node = graph.create_node(row["op"], target, tuple(args), kwargs, name=row["name"])
+        node.meta["custom"] = {"fxpass": row["custom"]} if row["custom"] else {}
+        nodes[row["name"]] = node
+    return Program(
+        fx.GraphModule(root, graph, class_name="Program"),
+        tuple(_spec_from_json(s) for s in data["inputs"]),
+        tuple(_spec_from_json(s) for s in data["outputs"]),
+        stage=data["stage"],
+        energy=data["energy"],
+        assumptions=tuple(data["assumptions"]),
+    )
+
+
+def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "dims": list(spec.dims),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "irreps": spec.irreps,
+        "unit": spec.unit,
+        "properties": sorted(spec.properties),
+    }
+
+
+def _spec_from_json(data: dict[str, Any]) -> TensorSpec:
+    return TensorSpec(
+        data["name"],
+        tuple(data["dims"]),
+        getattr(torch, data["dtype"]),
+        data["irreps"],
+        data["unit"],
+        frozenset(data["properties"]),
+    )
+
+
+def _target_name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    if callable(node.target):
+        return f"{node.target.__module__.lstrip('_')}.{node.target.__name__}"
+    return str(node.target)
+
+
+def _resolve(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    if namespace not in ("aten", "fxpass"):
+        raise PackageError(f"the package names {name}, which is neither an ATen op nor fxpass's", hint="save it again")
+    op = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    if any(str(a.type) in ("str", "Optional[str]") and a.name not in _STRINGS for a in op._schema.arguments):
+        raise PackageError(f"the package names {name}, which a program never calls", hint="save it again")
+    return op
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v) for v in value]
+    if isinstance(value, dict):
+        return {"dict": {k: _encode(v) for k, v in value.items()}}
+    if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
+        return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, float) and not np.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise PackageError(f"a graph argument of type {type(value).__name__} cannot be saved")
+
+
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, nodes) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "dict":
+        return {k: _decode(v, nodes) for k, v in content.items()}
+    if kind == "torch":
+        found = getattr(torch, content)
+        if not isinstance(found, (torch.dtype, torch.memory_format, torch.layout)):
+            raise PackageError(f"the package names torch.{content}, which a program never does")
+        return found
+    if kind == "device":
+        return torch.device(content)
+    if kind == "float":
+        return float(content)
+    raise PackageError(f"the package holds an argument of kind {kind!r}")

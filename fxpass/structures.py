@@ -1,0 +1,413 @@
+"""Atomic structures and what a model says about them; files, neighbour lists, and structures to probe models with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice, product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import MissingExtraError, StructureError, UsageError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+_TABLE = (
+    "X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
+    "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
+    "Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr "
+    "Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
+)
+SYMBOLS = _TABLE.split()  # by atomic number; X is ASE's dummy atom
+COINCIDENT = 1e-6  # Angstrom; atoms nearer than this have no defined force on each other
+MAX_BINS = 2**20  # an axis, so that the number of a bin fits into int64
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Atoms in space.
+
+    The arrays are copied and converted on construction; ``check`` says whether they make sense.
+
+    Attributes:
+        numbers: atomic numbers, int64 ``[n]``.
+        positions: float64 ``[n, 3]``, Angstrom.
+        cell: the cell vectors as rows, float64 ``[3, 3]``, Angstrom; zeros if isolated.
+        pbc: which cell vectors are periodic.
+        name: how messages and receipts call the structure.
+        head: the head of a multi-head model that evaluates it, ``None`` for the model's default.
+
+    Raises:
+        StructureError: something is not an array of numbers.
+    """
+
+    numbers: Integers
+    positions: Floats
+    cell: Floats
+    pbc: tuple[bool, bool, bool]
+    name: str = "structure"
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "numbers", np.array(self.numbers, dtype=np.int64))
+            object.__setattr__(self, "positions", np.array(self.positions, dtype=np.float64))
+            object.__setattr__(self, "cell", np.array(self.cell, dtype=np.float64))
+            object.__setattr__(self, "pbc", tuple(bool(periodic) for periodic in self.pbc))
+        except (OverflowError, TypeError, ValueError) as error:
+            raise StructureError(f"{self.name} is not made of arrays of numbers: {error}.") from error
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def volume(self) -> float:
+        """Volume of the cell in Angstrom^3; 0 where a cell vector is missing."""
+        return float(abs(np.linalg.det(self.cell)))
+
+    def check(self, known_numbers: Iterable[int] | None = None) -> None:
+        """Refuse what no model can evaluate.
+
+        Args:
+            known_numbers: atomic numbers that the model knows; ``None`` for all elements.
+
+        Raises:
+            StructureError: wrong shapes, no atoms, NaN or infinite coordinates, a missing or degenerate
+                periodic cell vector, an unknown species, two atoms at the same place.
+        """
+        n = self.numbers.size
+        if n == 0:
+            raise StructureError(f"{self.name} has no atoms.")
+        if self.numbers.shape != (n,) or self.positions.shape != (n, 3) or self.cell.shape != (3, 3):
+            shapes = f"numbers {self.numbers.shape}, positions {self.positions.shape}, cell {self.cell.shape}"
+            raise StructureError(f"{self.name} has {shapes}; it needs [n], [n, 3] and [3, 3].")
+        if len(self.pbc) != 3:
+            raise StructureError(f"{self.name} has {len(self.pbc)} periodicity flags; it needs 3.")
+        bad = np.flatnonzero(~np.isfinite(self.positions).all(axis=1))
+        if bad.size:
+            raise StructureError(f"{self.name} has NaN or infinite positions, first at atom {bad[0]}.")
+        if not np.isfinite(self.cell).all():
+            raise StructureError(f"{self.name} has NaN or infinite cell vectors.")
+        self._check_periodic_vectors()
+        known = set(range(1, len(SYMBOLS))) if known_numbers is None else {int(z) for z in known_numbers}
+        unknown = sorted(set(self.numbers.tolist()) - known)
+        if unknown:
+            names = "elements" if known_numbers is None else _symbols(known)
+            raise StructureError(f"{self.name} has the unknown species {_symbols(unknown)}; known are {names}.")
+        (pairs, _) = neighbour_list(self, COINCIDENT)
+        if pairs.size:
+            i, j = sorted(pairs[:, 0].tolist())
+            raise StructureError(f"{self.name} has atoms {i} and {j} at the same place.")
+
+    def _check_periodic_vectors(self) -> None:
+        vectors = self.cell[list(self.pbc)]
+        lengths = np.linalg.norm(vectors, axis=1)
+        if (lengths < COINCIDENT).any():
+            raise StructureError(
+                f"{self.name} is periodic along a cell vector of length zero.",
+                hint="give the cell (Lattice= in extended XYZ), or switch periodicity off along that vector.",
+            )
+        if len(vectors) and np.linalg.svd(vectors / lengths[:, None], compute_uv=False).min() < 1e-6:
+            raise StructureError(f"{self.name} has a degenerate cell: its periodic vectors are linearly dependent.")
+
+    def to_ase(self) -> Atoms:
+        """This structure as ``ase.Atoms``.
+
+        Raises:
+            MissingExtraError: ase is not installed.
+        """
+        try:
+            from ase import Atoms
+        except ImportError as error:
+            raise _missing_ase("convert a structure to ase.Atoms") from error
+        info = {} if self.head is None else {"head": self.head}
+        return Atoms(numbers=self.numbers, positions=self.positions, cell=self.cell, pbc=self.pbc, info=info)
+
+
+def from_ase(atoms: Atoms, name: str = "structure") -> Structure:
+    """The structure of an ``ase.Atoms``; ``atoms.info["head"]`` is its head."""
+    return Structure(
+        atoms.numbers, atoms.positions, atoms.cell.array, tuple(atoms.pbc), name, atoms.info.get("head")
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a model says about one structure.
+
+    Attributes:
+        energy: total energy, eV.
+        forces: ``[n, 3]``, eV/Angstrom.
+        stress: ``[3, 3]``, eV/Angstrom^3, the derivative of the energy by strain over the volume (tension is
+            positive, as in ASE); ``None`` where the model or the structure has none.
+        dtype: element type in which the model computed, e.g. ``"float32"``; the numbers here are float64.
+    """
+
+    energy: float
+    forces: Floats
+    stress: Floats | None = None
+    dtype: str = "float64"
+
+
+Evaluator = Callable[[Structure], Evaluation]
+
+
+def _symbols(numbers: Iterable[int]) -> str:
+    return ", ".join(SYMBOLS[z] if 0 < z < len(SYMBOLS) else f"number {z}" for z in sorted(numbers))
+
+
+def _missing_ase(purpose: str) -> MissingExtraError:
+    return MissingExtraError(f"ase is needed to {purpose}.", hint='pip install "fxpass[ase]"')
+
+
+# Files
+
+
+# What the readers raise on a file that is not what its name says; each format of ASE has its own habits.
+_READER_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError),
+    *(RuntimeError, StopIteration, SyntaxError, TypeError, ValueError),
+)
+
+
+def read_structures(path: str | Path, index: str | int = ":") -> list[Structure]:
+    """Read structures from a file; they are called ``FILE[FRAME]``.
+
+    ``.xyz`` and ``.extxyz`` are read here, every other format by ASE.
+
+    Args:
+        path: the file.
+        index: which frames: a number or a slice, as in Python, e.g. ``-1`` or ``"::10"``.
+
+    Raises:
+        StructureError: the file is missing, cannot be read, or has no such frames.
+        UsageError: ``index`` is neither a number nor a slice.
+        MissingExtraError: the format needs ASE and it is not installed.
+    """
+    path = Path(path)
+    frames = _as_slice(index)
+    if not path.is_file():
+        raise StructureError(f"There is no structure file {path}.")
+    reader = _read_xyz if path.suffix.lower() in (".xyz", ".extxyz") else _read_with_ase
+    counts_forward = frames.stop is not None and min(frames.start or 0, frames.stop, frames.step or 1) >= 0
+    structures = list(islice(reader(path), frames.stop if counts_forward else None))[frames]
+    if not structures:
+        raise StructureError(f"{path} has no frames {index!r}.")
+    return structures
+
+
+def _as_slice(index: str | int) -> slice:
+    parts = str(index).strip().split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+        if len(parts) == 1:
+            first = int(parts[0])
+            return slice(first, first + 1 or None)
+        if len(parts) <= 3 and 0 not in numbers[2:]:
+            return slice(*numbers)
+    except ValueError:
+        pass
+    raise UsageError(f"{index!r} does not select frames.", hint='a number or a slice, such as -1, ":" or "::10".')
+
+
+def _read_with_ase(path: Path) -> Iterator[Structure]:
+    try:
+        from ase.io import iread
+        from ase.io.formats import UnknownFileTypeError
+    except ImportError as error:
+        raise _missing_ase(f"read {path}") from error
+    try:
+        for i, atoms in enumerate(iread(path, ":")):
+            yield from_ase(atoms, f"{path.name}[{i}]")
+    except (*_READER_ERRORS, UnknownFileTypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StructureError(f"{path} cannot be read by ASE as structures: {reason}.") from error
+
+
+_XYZ_FIELD = re.compile(r'(\w+)=("[^"]*"|\{[^}]*\}|\[[^=]*\](?=\s|$)|\S+)')
+
+
+def _read_xyz(path: Path) -> Iterator[Structure]:
+    """Frames of an extended XYZ file: ``Lattice``, ``Properties``, ``pbc`` and ``head`` are read, the rest skipped."""
+    i = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.strip():
+                    count, comment = int(line), next(lines, "")
+                    yield _xyz_frame([row.split() for row in islice(lines, count)], count, comment, f"{path.name}[{i}]")
+                    i += 1
+    except (LookupError, OSError, ValueError) as error:
+        raise StructureError(f"{path} cannot be read as extended XYZ, frame {i}: {error}.") from error
+
+
+def _xyz_frame(rows: list[list[str]], count: int, comment: str, name: str) -> Structure:
+    if len(rows) < count:
+        raise ValueError(f"it ends after {len(rows)} of {count} atoms")
+    fields = {key.lower(): value.strip('"') for key, value in _XYZ_FIELD.findall(comment)}
+    layout = fields.get("properties", "species:S:1:pos:R:3").split(":")
+    column, start = {}, 0
+    for key, width in zip(layout[::3], layout[2::3], strict=True):
+        column[key.lower()] = start
+        start += int(width)
+    kind = column.get("species", column.get("z"))
+    if kind is None or "pos" not in column:
+        raise ValueError("its Properties need species (or Z) and pos")
+    species = [row[kind] for row in rows]
+    numbers = [int(s) if s.isdigit() else SYMBOLS.index(s.capitalize()) for s in species]
+    positions = [row[column["pos"] : column["pos"] + 3] for row in rows]
+    cell = np.array(_words(fields.get("lattice", "0 " * 9)), dtype=float).reshape(3, 3)
+    default = "T T T" if "lattice" in fields else "F F F"
+    pbc = tuple(word[0] in "Tt1" for word in _words(fields.get("pbc", default)))
+    return Structure(
+        np.array(numbers, dtype=np.int64),
+        np.array(positions, dtype=float).reshape(count, 3),
+        cell,
+        pbc,  # type: ignore[arg-type]  # three or not is for check() to say
+        name,
+        fields.get("head"),
+    )
+
+
+def _words(value: str) -> list[str]:
+    return re.findall(r"[^\s,\[\]{}\"]+", value)
+
+
+# Neighbours
+
+
+def neighbour_list(structure: Structure, cutoff: float) -> tuple[Integers, Floats]:
+    """All pairs of atoms nearer than a cutoff, periodic images included, in linear time.
+
+    ``positions[receiver] - positions[sender] + unit_shift @ cell`` is the vector of an edge; its length is
+    strictly below ``cutoff``. Both directions of a pair are listed; an atom is paired with itself only
+    through periodic images. Edges are sorted by receiver, then sender, then shift.
+
+    Atoms are binned into boxes at least a cutoff wide (Quentrec and Brot, J. Comput. Phys. 13, 430 (1973)), or
+    into one box an axis where the cell is narrower and more than one image is within reach.
+
+    Args:
+        structure: any structure that passes ``Structure.check``.
+        cutoff: Angstrom.
+
+    Returns:
+        ``(edge_index, unit_shifts)``: int64 ``[2, edges]`` (sender, receiver) and float64 ``[edges, 3]``, whole
+        numbers, 0 along vectors that are not periodic.
+
+    Raises:
+        UsageError: the cutoff is not a positive length.
+    """
+    if not (np.isfinite(cutoff) and cutoff > 0):
+        raise UsageError(f"A cutoff of {cutoff} Angstrom is not a positive length.")
+    positions, periodic = structure.positions, np.array(structure.pbc)
+    a, b, c = structure.cell
+    reach = cutoff + 1e-9  # so that rounding in fractional coordinates loses no pair
+
+    # Coordinates in units of the periodic vectors and, along the rest, of unit vectors normal to them.
+    basis = structure.cell.copy()
+    basis[~periodic] = np.linalg.svd(basis[periodic])[2][periodic.sum() :]
+    inverse = np.linalg.inv(basis)
+    fractional = positions @ inverse
+    origin = np.where(periodic, 0.0, fractional.min(axis=0))
+    extent = np.where(periodic, 1.0, fractional.max(axis=0) - origin)
+    wraps = np.where(periodic, np.floor(fractional), 0.0).astype(np.int64)
+    inside = fractional - wraps - origin
+
+    width = extent / np.linalg.norm(inverse, axis=0)  # distance between opposite faces of the binned region
+    bins = np.clip(width // reach, 1, MAX_BINS).astype(np.int64)
+    within_reach = np.where(periodic, np.ceil(reach / width.clip(min=COINCIDENT)), 0)
+    images = np.where(bins > 1, 1, within_reach).astype(np.int64)
+    box = np.minimum(inside * (bins / np.where(extent > 0, extent, 1.0)), bins - 1).astype(np.int64)
+
+    strides = np.array([bins[1] * bins[2], bins[2], 1])
+    key = box @ strides
+    order = np.argsort(key, kind="stable")
+    sorted_key = key[order]
+    found = []
+    for offset in product(*(range(-m, m + 1) for m in images.tolist())):
+        target = box + np.array(offset)
+        image = np.where(periodic, target // bins, 0)
+        target -= image * bins
+        senders = np.flatnonzero(((target >= 0) & (target < bins)).all(axis=1))
+        target_key = target[senders] @ strides
+        first = np.searchsorted(sorted_key, target_key, side="left")
+        counts = np.searchsorted(sorted_key, target_key, side="right") - first
+        sender = np.repeat(senders, counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        receiver = order[np.repeat(first, counts) + within]
+        shift = image[sender] + wraps[sender] - wraps[receiver]
+        # Written out, not a matrix product: the edge i -> j is kept exactly when j -> i is.
+        vector = positions[receiver] - positions[sender]
+        vector += shift[:, :1] * a + shift[:, 1:2] * b + shift[:, 2:] * c
+        near = ((vector * vector).sum(axis=1) < cutoff * cutoff) & ((sender != receiver) | shift.any(axis=1))
+        found.append(np.column_stack([sender, receiver, shift])[near])
+    edges = np.concatenate(found)
+    edges = edges[np.lexsort((edges[:, 4], edges[:, 3], edges[:, 2], edges[:, 0], edges[:, 1]))]
+    return np.ascontiguousarray(edges[:, :2].T), edges[:, 2:].astype(np.float64)
+
+
+# Structures to compare models on
+
+# Conventional cell of the fcc lattice, in units of its lattice constant.
+FCC = np.array([[0.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]])
+# A compact cluster without any symmetry once it is rattled, in units of the nearest neighbour distance.
+BIPYRAMID = np.array([[0.58, 0, 0], [-0.29, 0.5, 0], [-0.29, -0.5, 0], [0, 0, 0.82], [0, 0, -0.82]])
+STRAIN = np.array([[1.04, 0.06, -0.03], [0.0, 0.95, 0.05], [0.0, 0.0, 1.03]])
+
+
+def probe_structures(numbers: Iterable[int], cutoff: float) -> tuple[Structure, ...]:
+    """Six small structures, the same at every call, that together reach every path of a model.
+
+    ``alloy``: 12 atoms, periodic, in a cell thinner than the cutoff; ``cluster``: 5 atoms, isolated;
+    ``slab``: 5 atoms, periodic along two vectors; ``atom``: a single atom without edges; ``dimer``: two atoms
+    just inside the cutoff; ``triclinic``: 4 atoms in a strained cell. All are rattled, so no force vanishes by
+    symmetry. Nearest neighbours are about 2.5 Angstrom apart, or 0.55 cutoffs where that is less. The species
+    take turns, so up to 29 species all appear.
+
+    Args:
+        numbers: atomic numbers that the model knows.
+        cutoff: of the model, Angstrom.
+
+    Raises:
+        UsageError: no species, or a cutoff that is not a positive length.
+    """
+    known = np.unique(np.array(list(numbers), dtype=np.int64))
+    if not known.size:
+        raise UsageError("Probe structures need at least one species.")
+    if not (np.isfinite(cutoff) and cutoff > 0):
+        raise UsageError(f"A cutoff of {cutoff} Angstrom is not a positive length.")
+    rng = np.random.default_rng(0)
+    species = cycle(rng.permutation(known).tolist())
+    near = min(2.5, 0.55 * cutoff)
+    a = near * np.sqrt(2.0)
+
+    def structure(
+        name: str,
+        positions: Floats,
+        cell: Floats | None = None,
+        pbc: tuple[bool, bool, bool] = (False, False, False),
+        rattle: float = 0.06,
+    ) -> Structure:
+        placed = positions + rng.normal(scale=rattle * near, size=positions.shape)
+        taken = np.array(list(islice(species, len(positions))), dtype=np.int64)
+        return Structure(taken, placed, np.zeros((3, 3)) if cell is None else cell, pbc, name)
+
+    row = np.concatenate([FCC + np.array([i, 0, 0]) for i in range(3)])
+    layers = np.concatenate([FCC, [[0.5, 0.5, 1.0]]])  # two layers and an adatom
+    dimer = np.array([[0.0, 0.0, 0.0], [1.0, 2.0, -2.0]]) / 3.0
+    return (
+        structure("alloy", a * row, a * np.diag([3.0, 1.0, 1.0]), (True, True, True)),
+        structure("cluster", near * BIPYRAMID),
+        structure("slab", a * layers, a * np.diag([1.0, 1.0, 4.0]), (True, True, False)),
+        structure("atom", np.zeros((1, 3))),
+        structure("dimer", 0.97 * cutoff * dimer, rattle=0.0),
+        structure("triclinic", a * FCC @ STRAIN, a * STRAIN, (True, True, True)),
+    )

@@ -1,0 +1,49 @@
+"""What a target is: the one place where an execution backend is known."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Protocol
+
+from torch import fx, nn
+
+from ..ir.program import Program
+
+
+class Target(Protocol):
+    """One way to run a program.
+
+    Class attributes:
+        name: as registered in the entry-point group ``fxpass.targets``.
+        pipeline: text of the passes that make a program fit for ``lower``.
+    """
+
+    name: ClassVar[str]
+    pipeline: ClassVar[str]
+
+    @abstractmethod
+    def lower(self, program: Program) -> nn.Module:
+        """A module that takes the program's inputs in order and returns its outputs as a list of tensors.
+
+        Raises:
+            LoweringError: the target cannot carry the program.
+        """
+
+
+#: semantic ops become ATen, and what that leaves behind is cleaned up
+LEGAL = "legalize,fold-constants,common-subexpressions,dead-code"
+
+
+def executable(program: Program) -> fx.GraphModule:
+    """A copy of the program's graph module that returns a list, the common result type of all targets."""
+    module = program.copy().graph_module
+    output = module.graph.output_node()
+    output.args = (list(output.args[0]),)  # type: ignore[arg-type]
+    # names of weights stay; metadata of the compiler is of no use at run time and may hold fake tensors
+    for node in module.graph.nodes:
+        node.meta = {}
+    module.recompile()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
