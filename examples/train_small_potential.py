@@ -18,13 +18,14 @@ from ase import Atoms
 from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 from torch import Tensor
+from torch.nn.functional import huber_loss
 
 from fxpass.models import Settings, SmallPotential, build, collate, save
 from fxpass.structures import Structure
 
 LATTICE_CONSTANTS = {29: 3.61, 47: 4.09, 79: 4.08}  # Angstrom
 CUTOFF = 5.0
-STRONGEST_FORCE = 20.0  # eV/Angstrom; frames beyond it are not used
+STRONGEST_FORCE = 100.0  # eV/Angstrom; frames beyond it are not used
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def random_frame(rng: np.random.Generator) -> Atoms:
         atoms.pbc = False
     elif kind == "few":
         steps = rng.normal(size=(rng.integers(1, 4), 3))
-        steps *= rng.uniform(0.62, 1.6, size=(len(steps), 1)) * a / np.sqrt(2) / np.linalg.norm(steps, axis=1)[:, None]
+        steps *= rng.uniform(0.5, 1.6, size=(len(steps), 1)) * a / np.sqrt(2) / np.linalg.norm(steps, axis=1)[:, None]
         atoms = Atoms(["Cu"] * (len(steps) + 1), np.concatenate([np.zeros((1, 3)), steps.cumsum(axis=0)]))
     else:
         atoms = Atoms("Cu")
@@ -97,22 +98,23 @@ def train(model: SmallPotential, batches: list[Batch], epochs: int, rng: np.rand
         for k in rng.permutation(len(batches)):
             energy, forces = errors(model, batches[k], training=True)
             # Huber: a compressed pair must not outweigh a solid
-            loss = 10 * energy.square().mean() + torch.nn.functional.huber_loss(forces, torch.zeros_like(forces), delta=0.5)
+            loss = 10 * huber_loss(energy, torch.zeros_like(energy), delta=0.1)
+            loss = loss + huber_loss(forces, torch.zeros_like(forces), delta=0.5)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
             total += loss.item()
-        if epoch % 10 == 0 or epoch == epochs - 1:
+        if epoch % 4 == 0 or epoch == epochs - 1:
             print(f"epoch {epoch:4d}  loss {total / len(batches):.5f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the .npz file to write")
-    parser.add_argument("--batches", type=int, default=60, help="number of training batches")
+    parser.add_argument("--batches", type=int, default=250, help="number of training batches")
     parser.add_argument("--batch-size", type=int, default=8, help="structures in a batch")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 

@@ -101,11 +101,11 @@ def optimize(
         VerificationError: the result is outside its tolerance; the pass that broke it is named.
     """
     registry = default_registry()
-    model, frontend = _model(model, registry)
     chosen = resolve(passes, registry)
     backend: Target = registry.target(target)()
     allowed = None if budget is None else parse_budget(budget)
     structures = tuple(_structures(example))
+    model, frontend = open_model(model)
     facts = frontend.attributes(model)
     for structure in structures:
         structure.check(facts["numbers"])
@@ -121,7 +121,7 @@ def optimize(
             if result.program.stage == "energy":
                 result = _continue(result, resolve("differentiate", registry), (*observers, keeper))
         with clock.stage(f"lower to {target}"):
-            legal = run(result.program, resolve(backend.pipeline, registry), check=verify_program)
+            legal = _legal(result.program, backend, registry)
             interface = _lower(legal.program, backend, frontend, facts)
     report = Report(
         model=f"{type(model).__module__}.{type(model).__qualname__}",
@@ -168,7 +168,7 @@ def capture(model: nn.Module | str | Path) -> Program:
     Raises:
         UnsupportedModelError, CaptureError: as for :func:`optimize`.
     """
-    model, frontend = _model(model, default_registry())
+    model, frontend = open_model(model)
     with torch.inference_mode(False), torch.enable_grad():
         program = frontend.capture(model)
         verify_program(program)
@@ -199,7 +199,7 @@ def verify(
         probes: compare on the frontend's probe structures too.
     """
     registry = default_registry()
-    model, frontend = _model(against, registry)
+    model, frontend = open_model(against)
     if frontend.name != optimized.frontend.name:
         raise UsageError(f"the original is of the family {frontend.name}, the result of {optimized.frontend.name}")
     facts = frontend.attributes(model)
@@ -216,8 +216,57 @@ def verify(
     judged = _Verification(model, frontend, facts, _exactness(chosen), allowed)
     structures = [*(judged.probes() if probes else ()), *_structures(example)]
     with torch.inference_mode(False), torch.enable_grad():
-        legal = run(optimized.program, resolve(EagerTarget.pipeline, registry), check=verify_program).program
+        legal = _legal(optimized.program, EagerTarget(), registry).program
         return judged.receipt(optimized.interface, legal, structures)
+
+
+def open_model(model: nn.Module | str | Path) -> tuple[nn.Module, Frontend]:
+    """A model, or the one that a checkpoint holds, and the frontend that covers it.
+
+    Raises:
+        UsageError: no such file, or not a model.
+        UnsupportedModelError: no frontend covers the model, or the file cannot be loaded.
+        MissingExtraError: the family's package is not installed.
+    """
+    listing = default_registry().listing(FRONTENDS)
+    frontends: list[Frontend] = [listed.loaded() for listed in listing if listed.problem is None]
+    broken = "".join(f"; {listed.problem}" for listed in listing if listed.problem is not None)
+    known = ", ".join(f.name for f in frontends) + broken
+    if isinstance(model, (str, Path)):
+        path = Path(model)
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}", hint="check the path of the checkpoint")
+        reader = next((f for f in frontends if f.reads(str(path))), None)
+        if reader is None:
+            raise UnsupportedModelError(f"{path} is not a checkpoint of a known family", hint=f"one of {known}")
+        model = _load(reader, path)
+    if isinstance(model, Optimized):
+        raise UsageError("this model is optimised already", hint="optimise the original")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{type(model).__name__} is not a model", hint="a torch.nn.Module or the path of a checkpoint")
+    found = next((f for f in frontends if f.recognises(model)), None)
+    if found is None:
+        cls = type(model)
+        raise UnsupportedModelError(
+            "no frontend covers this model",
+            where=Location(module_path="(model)", source=f"{cls.__module__}.{cls.__qualname__}"),
+            hint=f"a model of {known}, or register a frontend (entry point group fxpass.frontends)",
+        )
+    found.check(model)
+    return model, found
+
+
+def _load(reader: Frontend, path: Path) -> nn.Module:
+    try:
+        return reader.load(str(path))
+    except FxpassError:
+        raise
+    except Exception as error:  # unpickling runs whatever code the file names, which may raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise UnsupportedModelError(
+            f"{path} cannot be loaded: {type(error).__name__}: {reason}",
+            hint=f"save the checkpoint again; it needs the version of {reader.name} that wrote it",
+        ) from error
 
 
 # --- the parts
@@ -234,9 +283,16 @@ def assemble(
         return Optimized(scripted, program, report, frontend, facts["facts"], None)
     with torch.inference_mode(False), torch.enable_grad():
         verify_program(program)
-        legal = run(program, resolve(backend.pipeline, registry), check=verify_program).program
+        legal = _legal(program, backend, registry).program
         interface = _lower(legal, backend, frontend, facts["facts"])
     return Optimized(interface, program, report, frontend, facts["facts"], None)
+
+
+def _legal(program: Program, target: Target, registry: Registry) -> RunResult:
+    """``program`` made fit for ``target``; verified once, at the end, because its graph is ten times larger."""
+    result = run(program, resolve(target.pipeline, registry), check=lambda _: None)
+    verify_program(result.program)
+    return result
 
 
 def _lower(program: Program, target: Target, frontend: Frontend, facts: Mapping[str, Any]) -> nn.Module:
@@ -250,36 +306,6 @@ def _lower(program: Program, target: Target, frontend: Frontend, facts: Mapping[
 def _continue(done: RunResult, passes: Sequence[Pass], observers: Sequence[Observer]) -> RunResult:
     more = run(done.program, passes, check=verify_program, observers=observers)
     return RunResult(more.program, (*done.records, *more.records))
-
-
-def _model(model: nn.Module | str | Path, registry: Registry) -> tuple[nn.Module, Frontend]:
-    """The model and the frontend that covers it; a path is loaded."""
-    listing = registry.listing(FRONTENDS)
-    frontends: list[Frontend] = [listed.loaded() for listed in listing if listed.problem is None]
-    broken = "".join(f"; {listed.problem}" for listed in listing if listed.problem is not None)
-    known = ", ".join(f.name for f in frontends) + broken
-    if isinstance(model, (str, Path)):
-        path = Path(model)
-        if not path.is_file():
-            raise UsageError(f"there is no file {path}", hint="check the path of the checkpoint")
-        reader = next((f for f in frontends if f.reads(str(path))), None)
-        if reader is None:
-            raise UnsupportedModelError(f"{path} is not a checkpoint of a known family", hint=f"one of {known}")
-        model = reader.load(str(path))
-    if isinstance(model, Optimized):
-        raise UsageError("this model is optimised already", hint="optimise the original")
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{type(model).__name__} is not a model", hint="a torch.nn.Module or the path of a checkpoint")
-    found = next((f for f in frontends if f.recognises(model)), None)
-    if found is None:
-        cls = type(model)
-        raise UnsupportedModelError(
-            "no frontend covers this model",
-            where=Location(module_path="(model)", source=f"{cls.__module__}.{cls.__qualname__}"),
-            hint=f"a model of {known}, or register a frontend (entry point group fxpass.frontends)",
-        )
-    found.check(model)
-    return model, found
 
 
 def _structures(example: Any) -> Iterator[Structure]:
@@ -377,7 +403,7 @@ class _Verification:
         def is_good(program: Program) -> bool:
             if program.stage == "energy":
                 program = run(program, resolve("differentiate", registry), check=verify_program).program
-            legal = run(program, resolve(EagerTarget.pipeline, registry), check=verify_program).program
+            legal = _legal(program, EagerTarget(), registry).program
             interface = _lower(legal, EagerTarget(), self.frontend, self.facts)
             return self.receipt(interface, legal, suspects).passed
 

@@ -129,6 +129,7 @@ class SmallPotential(nn.Module):
         scalars = "+".join(f"{mul}x0e" for mul, ir in features if ir.is_scalar())
         harmonics = o3.Irreps.spherical_harmonics(settings.max_degree)
         self.settings = settings
+        self.cutoff = settings.cutoff
         self.register_buffer("atomic_numbers", torch.tensor(settings.numbers))
         self.register_buffer("atomic_energies", torch.tensor(settings.atomic_energies, dtype=torch.get_default_dtype()))
         self.basis = BesselBasis(settings.cutoff, settings.radial_functions)
@@ -138,14 +139,25 @@ class SmallPotential(nn.Module):
         self.layers = nn.ModuleList(Layer(each, settings.features, str(harmonics), species, settings) for each in inputs)
         self.readout = o3.Linear(features, "1x0e")
 
-    def atom_energies(self, edge_vectors: Tensor, edge_index: Tensor, species: Tensor) -> Tensor:
-        """Energy of every atom, eV: edge vectors [edges, 3] and one-hot species [atoms, species] -> [atoms]."""
+    def energies(
+        self, edge_vectors: Tensor, edge_index: Tensor, species: Tensor, batch: Tensor, graphs: int
+    ) -> tuple[Tensor, Tensor]:
+        """Energy of every structure, [graphs], and of every atom, [atoms], in eV.
+
+        Args:
+            edge_vectors: [edges, 3], Angstrom.
+            edge_index: [2, edges] (sender, receiver).
+            species: one-hot, [atoms, species].
+            batch: the structure of each atom, [atoms].
+            graphs: number of structures.
+        """
         harmonics = self.harmonics(edge_vectors)
         basis = self.basis(edge_vectors.norm(dim=-1, keepdim=True))
         features = self.embedding(species)
         for layer in self.layers:
             features = layer(features, species, edge_index, harmonics, basis)
-        return self.readout(features).squeeze(-1) + species @ self.atomic_energies
+        node_energy = self.readout(features).squeeze(-1) + species @ self.atomic_energies
+        return node_energy.new_zeros(graphs).index_add(0, batch, node_energy), node_energy
 
     def forward(
         self,
@@ -181,8 +193,7 @@ class SmallPotential(nn.Module):
             vectors = edge_vectors(positions + displacement, edge_index, data["shifts"])
             symmetric = 0.5 * (strain + strain.transpose(1, 2))[batch[edge_index[0]]]
             vectors = vectors + torch.bmm(vectors.unsqueeze(1), symmetric).squeeze(1)
-            node_energy = self.atom_energies(vectors, edge_index, species)
-            energy = node_energy.new_zeros(cell.shape[0]).index_add(0, batch, node_energy)
+            energy, node_energy = self.energies(vectors, edge_index, species, batch, cell.shape[0])
             result = {"energy": energy, "node_energy": node_energy}
             if compute_forces or compute_stress:
                 gradients = torch.autograd.grad(energy.sum(), [displacement, strain], create_graph=training)

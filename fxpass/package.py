@@ -38,8 +38,8 @@ _FUNCTIONS = {f"{f.__module__.lstrip('_')}.{f.__name__}": f for f in ARITHMETIC}
 _STRINGS = frozenset({"rounding_mode", "approximate", "reduce", "indexing", "spec", "wrt"})
 
 
-def write_new(path: Path, write: Callable[[IO[bytes]], None], *, overwrite: bool) -> None:
-    """Write a file all at once: to a temporary file beside it, then renamed.
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work is done, a file that could not be written at its end.
 
     Raises:
         UsageError: the file exists and ``overwrite`` is false, or the folder cannot be written to.
@@ -49,9 +49,19 @@ def write_new(path: Path, write: Callable[[IO[bytes]], None], *, overwrite: bool
     if path.is_dir():
         raise UsageError(f"{path} is a folder", hint="the name of a file")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", hint="a folder that exists and is writable") from error
+
+
+def write_new(path: Path, write: Callable[[IO[bytes]], None], *, overwrite: bool) -> None:
+    """Write a file all at once: to a temporary file beside it, then renamed.
+
+    Raises:
+        UsageError: the file exists and ``overwrite`` is false, or the folder cannot be written to.
+    """
+    check_new(path, overwrite=overwrite)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -76,6 +86,14 @@ def save(model: Optimized, path: Path, *, overwrite: bool = False) -> None:
         file.write(data)
 
     write_new(path, write, overwrite=overwrite)
+
+
+def is_package(path: Path) -> bool:
+    """Whether the file looks like one that :func:`save` wrote; nothing in it is run."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name == "package.json" or name.endswith(f"/extra/{INSIDE_SCRIPT}") for name in archive.namelist())
 
 
 def load(path: Path) -> Optimized:

@@ -52,22 +52,22 @@ def resolve(passes: str | Pass | Iterable[str | Pass], registry: Registry) -> tu
     if isinstance(passes, (str, Pass)):
         passes = [passes]
     if not isinstance(passes, Iterable):
-        raise UsageError(f"passes is {passes!r}.", hint="a preset, a pipeline text, or a list of names and passes.")
+        raise UsageError(f"passes is {passes!r}", hint="a preset, a pipeline text, or a list of names and passes")
     return tuple(pass_ for item in passes for pass_ in _resolve_item(item, registry))
 
 
 def _resolve_item(item: object, registry: Registry) -> tuple[Pass, ...]:
     if isinstance(item, str):
         if not item.strip():
-            raise PipelineError("The pipeline text is empty.", hint="passes=[] to run no passes at all.")
+            raise PipelineError("the pipeline text is empty", hint="passes=[] to run no passes at all")
         return parse(item, registry)
     if isinstance(item, Pass):
         if problem := pass_problem(type(item)):
-            raise UsageError(f"The pass class {type(item).__qualname__} {problem}.")
+            raise UsageError(f"the pass class {type(item).__qualname__} {problem}")
         return (item,)
     if isinstance(item, type) and issubclass(item, Pass):
-        raise UsageError(f"{item.__qualname__} is a pass class, not a pass.", hint=f"{item.__qualname__}().")
-    raise UsageError(f"{item!r} is neither a name, nor a pipeline text, nor a pass.")
+        raise UsageError(f"{item.__qualname__} is a pass class, not a pass", hint=f"{item.__qualname__}()")
+    raise UsageError(f"{item!r} is neither a name, nor a pipeline text, nor a pass")
 
 
 def parse(text: str, registry: Registry) -> tuple[Pass, ...]:
@@ -202,13 +202,13 @@ class _Scanner:
         start = self.position
         match = _STRING.match(self.source.text, start)
         if match is None:
-            raise self.source.error("This string has no closing quote:", start, len(self.source.text))
+            raise self.source.error("this string has no closing quote", start, len(self.source.text))
         self.position = match.end()
         try:
             return _Word(json.loads(match[0], strict=False), start, match.end(), quoted=True)
         except json.JSONDecodeError as error:
-            hint = r"the escapes \" \\ \n \t \uXXXX."
-            raise self.source.error("This string has an unknown escape:", start, match.end(), hint) from error
+            hint = r"the escapes \" \\ \n \t \uXXXX"
+            raise self.source.error("this string has an unknown escape", start, match.end(), hint) from error
 
     def word(self, meaning: str) -> _Word:
         self.peek()
@@ -232,7 +232,7 @@ class _Scanner:
 
     def expected(self, meaning: str) -> NoReturn:
         found = repr(self.peek()) if self.peek() else "the end"
-        raise self.source.error(f"Expected {meaning}, found {found}:", self.position, self.position + 1)
+        raise self.source.error(f"expected {meaning}, found {found}", self.position, self.position + 1)
 
 
 # --- meaning: items to passes
@@ -252,10 +252,10 @@ def _expand(source: _Source, registry: Registry, inside: tuple[str, ...]) -> tup
             passes.append(_build(loaded, item, source))
         elif item.options:
             option = item.options[0][0]
-            raise source.error(f"{name!r} is a preset and takes no options:", option.start, option.end)
+            raise source.error(f"{name!r} is a preset and takes no options", option.start, option.end)
         elif name in inside:
             cycle = " -> ".join([*inside[inside.index(name) :], name])
-            raise source.error(f"The preset {name!r} contains itself: {cycle}", item.name.start, item.name.end)
+            raise source.error(f"the preset {name!r} contains itself: {cycle}", item.name.start, item.name.end)
         else:
             nested = _Source(loaded, origin=f" (in the preset {name!r} of {entry.origin})")
             passes += _expand(nested, registry, (*inside, name))
@@ -269,24 +269,24 @@ def _build(cls: type[Pass], item: _Item, source: _Source) -> Pass:
     for word, value in item.options:
         name = word.text
         if name not in options:
-            known = f"one of {', '.join(options)}." if options else f"{cls.name!r} without options."
-            what = f"The pass {cls.name!r} has no option {name!r}.{did_you_mean(name, options)}"
+            known = f"one of {', '.join(options)}" if options else f"{cls.name!r} without options"
+            what = f"the pass {cls.name!r} has no option {name!r}{did_you_mean(name, options)}"
             raise source.error(what, word.start, word.end, known)
         if name in values:
-            raise source.error(f"The option {name!r} of {cls.name!r} is given twice:", word.start, word.end)
+            raise source.error(f"the option {name!r} of {cls.name!r} is given twice", word.start, word.end)
         try:
             values[name] = _read(value, hints[name])
         except _Mismatch as error:
-            what = f"The option {name!r} of {cls.name!r} {error}"
+            what = f"the option {name!r} of {cls.name!r} {error}"
             raise source.error(what, error.value.start, error.value.end) from None
     missing = [name for name, option in options.items() if name not in values and _default(option) is MISSING]
     if missing:
-        what = f"The pass {cls.name!r} needs the option {missing[0]!r} ({_describe(hints[missing[0]])}):"
+        what = f"the pass {cls.name!r} needs the option {missing[0]!r}: {_describe(hints[missing[0]])}"
         raise source.error(what, item.name.start, item.name.end)
     try:
         return cls(**values)
     except (ValueError, TypeError, UsageError) as error:  # what a __post_init__ that checks its options raises
-        what = f"The pass {cls.name!r} refuses its options: {error}"
+        what = f"the pass {cls.name!r} refuses its options: {error}"
         raise source.error(what, item.name.start, item.name.end) from error
 
 
@@ -317,7 +317,7 @@ class _Mismatch(Exception):
         self.annotation = annotation
 
     def __str__(self) -> str:
-        text = f"takes {_describe(self.annotation)}, not {self.value}."
+        text = f"takes {_describe(self.annotation)}, not {self.value}"
         if isinstance(self.value, _Word):
             text += did_you_mean(self.value.text, [_write(choice) for choice in _choices(self.annotation)])
         return text

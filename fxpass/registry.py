@@ -88,8 +88,8 @@ class Entry:
     def _broken(self, problem: str) -> UsageError:
         error = PipelineError if self.group in (PASSES, PRESETS) else UsageError
         return error(
-            f"The {self.kind} {self.name!r} ({self.value}) of {self.origin} {problem}.",
-            hint=f"update {self.provider}, remove it, or report this to its authors.",
+            f"the {self.kind} {self.name!r} ({self.value}) of {self.origin} {problem}",
+            hint=f"update {self.provider}, remove it, or report this to its authors",
         )
 
 
@@ -135,14 +135,14 @@ class Registry:
         if not matches:
             known = self.names(*groups)
             raise error(
-                f"There is no {kinds} {name!r}.{did_you_mean(name, known)}",
-                hint=f"one of {', '.join(known)}." if known else f"install a package that registers a {kinds}.",
+                f"there is no {kinds} {name!r}{did_you_mean(name, known)}",
+                hint=f"one of {', '.join(known)}" if known else f"a package that registers a {kinds}",
             )
         if len(matches) > 1:
             offers = " and ".join(f"{entry.origin} ({entry.kind} {entry.value})" for entry in matches)
             raise error(
-                f"The name {name!r} is registered more than once: by {offers}.",
-                hint="uninstall all but one of them.",
+                f"the name {name!r} is registered more than once: by {offers}",
+                hint="uninstall all but one of them",
             )
         return matches[0]
 
@@ -185,8 +185,8 @@ def default_registry() -> Registry:
     registry = Registry(point for group in _KINDS for point in metadata.entry_points(group=group))
     if not any(entry.provider == "fxpass" for entry in registry.entries(PASSES)):
         raise UsageError(
-            "fxpass is imported but not installed: its own passes are not registered, so no pipeline can be run.",
-            hint='"pip install -e ." in the checkout of fxpass.',
+            "fxpass is imported but not installed: its own passes are not registered, so no pipeline can be run",
+            hint='"pip install -e ." in the checkout of fxpass',
         )
     return registry
 
@@ -203,9 +203,9 @@ def pass_problem(candidate: object) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` where a known word is close to ``word``, else nothing."""
+    """``; did you mean 'x'?`` where a known word is close to ``word``, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _entry(point: EntryPoint) -> Entry:

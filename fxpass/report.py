@@ -84,8 +84,8 @@ class Report:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PackageError(
-                f"The report cannot be read: {type(error).__name__}: {error}.",
-                hint="make it again with this version of fxpass.",
+                f"the report cannot be read: {type(error).__name__}: {error}",
+                hint="make it again with this version of fxpass",
             ) from error
 
 

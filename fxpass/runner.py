@@ -95,7 +95,7 @@ def run(program: Program, passes: Sequence[Pass], *, check: Check, observers: Se
         except FxpassError as error:
             error.where = replace(error.where, pass_name=error.where.pass_name or pass_.name)
             done = [record.name for record in records if record.skipped is None]
-            error.what = f"{error.what.rstrip().rstrip('.')}. Passes that ran before: {', '.join(done) or 'none'}."
+            error.what = f"{error.what.rstrip()}; passes that ran before: {', '.join(done) or 'none'}"
             raise
         records.append(record)
         for observer in observers:
@@ -116,7 +116,7 @@ def _run_pass(pass_: Pass, program: Program, check: Check) -> tuple[PassRecord, 
     outcome = _apply(pass_, copy)
     seconds = time.perf_counter() - start
     if complaint := _complaint(program, outcome, versions):
-        raise PassError(f"The pass {pass_.name!r} {complaint}.", hint=_advice(pass_))
+        raise PassError(f"the pass {pass_.name!r} {complaint}", hint=_advice(pass_))
     if outcome.modified:
         outcome.program.graph_module.recompile()
         check(outcome.program)
@@ -139,9 +139,10 @@ def _apply(pass_: Pass, program: Program) -> Outcome:
         raise
     except Exception as error:  # a plugin is foreign code: whatever its bug raises becomes an error that names it
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        message = (str(error).splitlines() or [""])[0]
+        lines = str(error).splitlines()
+        crash = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         raise PassError(
-            f"The pass {pass_.name!r} crashed: {type(error).__name__}: {message}.",
+            f"the pass {pass_.name!r} crashed: {crash}",
             where=Location(source=f"{frame.filename}:{frame.lineno}"),
             hint=_advice(pass_),
         ) from error
@@ -149,10 +150,10 @@ def _apply(pass_: Pass, program: Program) -> Outcome:
 
 def _advice(pass_: Pass) -> str:
     cls = type(pass_)
-    return f"the pipeline without {pass_.name!r}; this is a bug in {cls.__module__}.{cls.__qualname__}."
+    return f"the pipeline without {pass_.name!r}; this is a bug in {cls.__module__}.{cls.__qualname__}"
 
 
-# --- what can be wrong with an outcome: each check says so in words that follow "The pass 'x'", or returns None
+# --- what can be wrong with an outcome: each check says so in words that follow "the pass 'x'", or returns None
 
 
 def _complaint(before: Program, outcome: object, versions: dict[str, int]) -> str | None:

@@ -102,7 +102,7 @@ class Structure:
         if unknown:
             names = "elements" if known_numbers is None else _symbols(known)
             raise StructureError(f"{self.name} has the unknown species {_symbols(unknown)}; known are {names}.")
-        (pairs, _) = neighbour_list(self, COINCIDENT)
+        pairs, _ = neighbour_list(self, COINCIDENT)
         if pairs.size:
             i, j = sorted(pairs[:, 0].tolist())
             raise StructureError(f"{self.name} has atoms {i} and {j} at the same place.")
@@ -118,6 +118,12 @@ class Structure:
         if len(vectors) and np.linalg.svd(vectors / lengths[:, None], compute_uv=False).min() < 1e-6:
             raise StructureError(f"{self.name} has a degenerate cell: its periodic vectors are linearly dependent.")
 
+    @classmethod
+    def from_ase(cls, atoms: Atoms, name: str = "structure") -> Structure:
+        """The structure of an ``ase.Atoms``; ``atoms.info["head"]`` is its head."""
+        head = atoms.info.get("head")
+        return cls(atoms.numbers, atoms.positions, atoms.cell.array, tuple(atoms.pbc), name, head)
+
     def to_ase(self) -> Atoms:
         """This structure as ``ase.Atoms``.
 
@@ -130,13 +136,6 @@ class Structure:
             raise _missing_ase("convert a structure to ase.Atoms") from error
         info = {} if self.head is None else {"head": self.head}
         return Atoms(numbers=self.numbers, positions=self.positions, cell=self.cell, pbc=self.pbc, info=info)
-
-
-def from_ase(atoms: Atoms, name: str = "structure") -> Structure:
-    """The structure of an ``ase.Atoms``; ``atoms.info["head"]`` is its head."""
-    return Structure(
-        atoms.numbers, atoms.positions, atoms.cell.array, tuple(atoms.pbc), name, atoms.info.get("head")
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +225,7 @@ def _read_with_ase(path: Path) -> Iterator[Structure]:
         raise _missing_ase(f"read {path}") from error
     try:
         for i, atoms in enumerate(iread(path, ":")):
-            yield from_ase(atoms, f"{path.name}[{i}]")
+            yield Structure.from_ase(atoms, f"{path.name}[{i}]")
     except (*_READER_ERRORS, UnknownFileTypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise StructureError(f"{path} cannot be read by ASE as structures: {reason}.") from error
@@ -368,9 +367,9 @@ def probe_structures(numbers: Iterable[int], cutoff: float) -> tuple[Structure, 
 
     ``alloy``: 12 atoms, periodic, in a cell thinner than the cutoff; ``cluster``: 5 atoms, isolated;
     ``slab``: 5 atoms, periodic along two vectors; ``atom``: a single atom without edges; ``dimer``: two atoms
-    just inside the cutoff; ``triclinic``: 4 atoms in a strained cell. All are rattled, so no force vanishes by
-    symmetry. Nearest neighbours are about 2.5 Angstrom apart, or 0.55 cutoffs where that is less. The species
-    take turns, so up to 29 species all appear.
+    just inside the cutoff; ``triclinic``: 4 atoms in a strained cell. Lattices and cluster are rattled, so no
+    force vanishes by symmetry. Nearest neighbours are about 2.5 Angstrom apart, or 0.55 cutoffs where that is
+    less. The species take turns, so up to 29 species all appear.
 
     Args:
         numbers: atomic numbers that the model knows.

@@ -216,11 +216,28 @@ class SymmetricContractionStandIn(nn.Module):
         return torch.cat([contraction(x, y) for contraction in self.contractions], dim=-1)
 
 
+class ExtractStandIn(nn.Module):
+    """``e3nn.nn.Extract``, which is compiled code, as slices of the input joined to each output."""
+
+    def __init__(self, extract: nn.Module, path: str) -> None:
+        super().__init__()
+        slices = extract.irreps_in.slices()
+        self.pieces = [[(slices[i].start, slices[i].stop - slices[i].start) for i in ins] for ins in extract.instructions]
+        # squeeze_out is not kept, so ask the module whether it returns a tensor or a tuple
+        self.squeeze = isinstance(extract(torch.zeros(1, extract.irreps_in.dim)), Tensor)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        parts = [[x.narrow(-1, *piece) for piece in pieces] for pieces in self.pieces]
+        outputs = [torch.cat(part, dim=-1) if len(part) > 1 else part[0] if part else x.narrow(-1, 0, 0) for part in parts]
+        return outputs[0] if self.squeeze else tuple(outputs)
+
+
 #: qualified class name -> rule; a subclass without a rule of its own takes its base's
 RULES: Mapping[str, Rule] = {
     "e3nn.o3._tensor_product._tensor_product.TensorProduct": TensorProductStandIn,
     "e3nn.o3._linear.Linear": LinearStandIn,
     "e3nn.o3._spherical_harmonics.SphericalHarmonics": SphericalHarmonicsStandIn,
+    "e3nn.nn._extract.Extract": ExtractStandIn,
     "mace.modules.symmetric_contraction.SymmetricContraction": SymmetricContractionStandIn,
 }
 

@@ -57,7 +57,7 @@ def bisect(
         return None
     good, bad = 0, len(programs) - 1
     if bad == 0 or not is_good(programs[0]):
-        raise UsageError("The program is bad before the first pass.", hint="a wider tolerance, or check the capture.")
+        raise UsageError("the program is bad before the first pass", hint="a wider tolerance, or check the capture")
     while bad - good > 1:
         middle = (good + bad) // 2
         if is_good(programs[middle]):

@@ -83,6 +83,9 @@ class Cost:
         return f"{pretty(self.flops)} flops, {pretty(self.bytes)} bytes"
 
 
+ZERO = Cost()
+
+
 def pretty(expr: sympy.Expr) -> str:
     """Short text of a cost expression, largest coefficient first: ``1.2e4·edges + 3.1e3·atoms``."""
     terms = sympy.expand(expr).as_coefficients_dict()
@@ -205,14 +208,14 @@ _FREE = {"_unsafe_view", "_reshape_alias", "sym_size", "sym_numel", "sym_stride"
 def node_cost(node: fx.Node, sizes: SizeNames) -> Cost:
     """Cost of one node in named sizes."""
     if node.op != "call_function" or getattr(node.target, "namespace", None) is None:
-        return Cost()  # inputs, weights, output, getitem, arithmetic on sizes
+        return ZERO  # inputs, weights, output, getitem, arithmetic on sizes
     target: Any = node.target
     if target in SEMANTIC:
         flops, moved = SEMANTIC[target].cost(node)
         return Cost(sizes.rename(sympy.sympify(flops)), sizes.rename(sympy.sympify(moved)))
     name = _base_name(target)
     if target.is_view or name in _FREE:
-        return Cost()
+        return ZERO
 
     written = list(_tensors(node.meta.get("val")))
     read = [t for source in node.all_input_nodes for t in _tensors(source.meta.get("val"))]

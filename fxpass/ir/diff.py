@@ -4,10 +4,13 @@ Text of generated code is no ground for a diff: one node more renumbers all name
 matched by what they compute:
 
 1. inputs and weights by name, outputs as such;
-2. *forward*: equal value numbers, that is the same target, literals, module and equal inputs;
+2. *forward*: equal value numbers, that is the same target, literals, module and equal inputs; a symbolic
+   size equals every other one of the same value;
 3. *backward*: two unmatched nodes with the same target, literals and module, used at the same place by a
    matched pair of users; so what lies between a change and the outputs is recognised too;
-4. by name, where the target or the arguments are still the same.
+4. the same target, literals, module, shape and dtype, where no input contradicts: each is equal, or is
+   itself without a partner on either side;
+5. by name in the same module, where the arguments, or the target and the shape, are the same.
 
 What has a partner is unchanged or changed (its target, arguments, shape, dtype, irreps or module are
 different, where an argument that was only renamed is not); what has none was added or removed.
@@ -16,7 +19,7 @@ different, where an argument that was only renamed is not); what has none was ad
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +36,11 @@ class Change:
     before: NodeRecord
     after: NodeRecord
     fields: tuple[str, ...]
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the node has another name now, which alone is no change."""
+        return self.before.name != self.after.name and self.after.op != "output"
 
     @property
     def details(self) -> tuple[str, ...]:
@@ -152,9 +160,9 @@ class GraphDiff:
 def diff(before: Snapshot, after: Snapshot) -> GraphDiff:
     """Compare two snapshots of one program."""
     matching = _Matching(before.nodes, after.nodes)
-    matching.forward(by_name=False)
+    matching.forward(exact=True)
     matching.backward()
-    matching.forward(by_name=True)
+    matching.forward(exact=False)
 
     added, changed, kept = [], [], []
     for node in after.nodes:
@@ -188,65 +196,78 @@ class _Matching:
     """
 
     def __init__(self, before: tuple[NodeRecord, ...], after: tuple[NodeRecord, ...]) -> None:
-        self.after = after
-        self.nodes = {node.name: node for node in before}
+        self.before = {node.name: node for node in before}
+        self.after = {node.name: node for node in after}
         self.partners: dict[str, NodeRecord] = {}  # name after -> node before
         self.taken: set[str] = set()  # names before that have a partner
         self.table: dict[Hashable, int] = {}
-        self.waiting: dict[int, list[NodeRecord]] = defaultdict(list)  # number -> nodes before
-        self.number_before: dict[str, int] = {}
-        self.number_after: dict[str, int] = {}
+        self.numbers_before: dict[str, int] = {}
+        self.numbers_after: dict[str, int] = {}
+        self.equal: dict[Hashable, list[NodeRecord]] = defaultdict(list)  # nodes before by number and place
+        self.alike: dict[Hashable, list[NodeRecord]] = defaultdict(list)  # nodes before by skeleton and type
         for node in before:
-            number = self._number(node, self.number_before)
-            self.number_before[node.name] = number
-            self.waiting[number].append(node)
+            number = self.numbers_before[node.name] = self._number(node, self.numbers_before)
+            self.equal[number, node.target, node.place].append(node)
+            self.alike[_skeleton(node), node.shape, node.dtype].append(node)
 
-    def forward(self, *, by_name: bool) -> None:
-        """Give every node after its number and, where one is free, the partner with that number."""
-        for node in self.after:
+    def forward(self, *, exact: bool) -> None:
+        """Give every node after its number, and a partner: one of equal number, or where not ``exact`` a similar one."""
+        for node in self.after.values():
             partner = self.partners.get(node.name)
-            number = self._number(node, self.number_after)
+            number = self._number(node, self.numbers_after)
             if partner is None:
-                partner = self._free(node, number)
-                if partner is None and by_name:
-                    partner = self._namesake(node)
+                partner = self._first(self.equal[number, node.target, node.place], node)
+                if partner is None and not exact:
+                    similar = self.alike[_skeleton(node), node.shape, node.dtype]
+                    partner = self._first([old for old in similar if self._compatible(old, node)], node)
+                    partner = partner or self._namesake(node)
                 if partner is not None:
                     self._pair(partner, node)
-            self.number_after[node.name] = self.number_before[partner.name] if partner else number
+            self.numbers_after[node.name] = self.numbers_before[partner.name] if partner else number
 
     def backward(self) -> None:
         """From matched users to the nodes they use."""
-        after = {node.name: node for node in self.after}
-        for user in reversed(self.after):
+        for user in reversed(self.after.values()):
             partner = self.partners.get(user.name)
             if partner is None:
                 continue
-            uses = _names(partner, self.nodes), _names(user, after)
-            if len(uses[0]) != len(uses[1]) and user.op != "output":
-                continue  # places shifted; outputs are only ever appended
-            for old_name, new_name in zip(*uses, strict=False):
-                old, new = self.nodes[old_name], after[new_name]
-                if old_name not in self.taken and new_name not in self.partners and _skeleton(old) == _skeleton(new):
+            if len(partner.inputs) != len(user.inputs) and user.op != "output":
+                continue  # places are shifted; outputs are only ever appended
+            for old, new in self._uses(partner, user):
+                if old.name not in self.taken and new.name not in self.partners and _skeleton(old) == _skeleton(new):
                     self._pair(old, new)
 
     def differences(self, old: NodeRecord, new: NodeRecord) -> tuple[str, ...]:
         fields = [name for name in _COMPARED if getattr(old, name) != getattr(new, name)]
-        if new.op != "placeholder" and self._value(old, self.number_before) != self._value(new, self.number_after):
+        if new.op != "placeholder" and self._value(old, self.numbers_before) != self._value(new, self.numbers_after):
             fields.insert(fields.index("target") + 1 if "target" in fields else 0, "args")
         return tuple(fields)
 
-    def _free(self, node: NodeRecord, number: int) -> NodeRecord | None:
-        """A node before of this number without a partner, the namesake first."""
-        free = [old for old in self.waiting[number] if old.name not in self.taken]
-        self.waiting[number] = free
+    def _first(self, candidates: list[NodeRecord], node: NodeRecord) -> NodeRecord | None:
+        """The first candidate without a partner, the namesake before all others."""
+        free = [old for old in candidates if old.name not in self.taken]
         return next((old for old in free if old.name == node.name), free[0] if free else None)
 
+    def _compatible(self, old: NodeRecord, new: NodeRecord) -> bool:
+        """Whether each input is equal on both sides, or without a partner on both."""
+        return all(
+            self.numbers_before[a.name] == self.numbers_after[b.name]
+            or (a.name not in self.taken and b.name not in self.partners)
+            for a, b in self._uses(old, new)
+        )
+
     def _namesake(self, node: NodeRecord) -> NodeRecord | None:
-        old = self.nodes.get(node.name)
-        if old is None or old.name in self.taken or old.op != node.op:
+        old = self.before.get(node.name)
+        if old is None or old.name in self.taken or (old.op, old.place) != (node.op, node.place):
             return None
-        same_value = self._value(old, self.number_before) == self._value(node, self.number_after)
-        return old if old.target == node.target or same_value else None
+        same_value = self._value(old, self.numbers_before) == self._value(node, self.numbers_after)
+        return old if same_value or (old.target, old.shape) == (node.target, node.shape) else None
+
+    def _uses(self, old: NodeRecord, new: NodeRecord) -> Iterator[tuple[NodeRecord, NodeRecord]]:
+        """The inputs of two nodes, place by place."""
+        for a, b in zip(old.inputs, new.inputs, strict=False):
+            if a in self.before and b in self.after:
+                yield self.before[a], self.after[b]
 
     def _pair(self, old: NodeRecord, new: NodeRecord) -> None:
         self.partners[new.name] = old
@@ -258,6 +279,8 @@ class _Matching:
             key = (node.op, node.target)
         elif node.op == "output":
             key = node.op
+        elif node.dtype == "int":
+            key = ("size", node.shape)
         else:
             key = (node.op, node.target, self._value(node, numbers), node.module, node.backward)
         return self.table.setdefault(key, len(self.table))
@@ -266,10 +289,6 @@ class _Matching:
     def _value(node: NodeRecord, numbers: dict[str, int]) -> str:
         """The arguments with nodes replaced by their value numbers."""
         return REFERENCE.sub(lambda use: f"%{numbers.get(use[1], use[1])}", node.args)
-
-
-def _names(node: NodeRecord, known: dict[str, NodeRecord]) -> list[str]:
-    return [name for name in REFERENCE.findall(node.args) if name in known]
 
 
 def _skeleton(node: NodeRecord) -> tuple[Hashable, ...]:

@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from .cost import REFERENCE_SIZES, Cost, SizeNames, node_cost, parse
+from .cost import REFERENCE_SIZES, ZERO, Cost, SizeNames, node_cost, parse
 from .metadata import irreps, provenance
 from .ops import SEMANTIC
 from .program import Program, Stage, TensorSpec
@@ -59,7 +59,12 @@ class NodeRecord:
     source: str = ""
     made_by: str = ""
     summary: str = ""
-    cost: Cost = Cost()
+    cost: Cost = ZERO
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the nodes among the arguments, in order, repeated where they are."""
+        return tuple(REFERENCE.findall(self.args))
 
     @property
     def type(self) -> str:
@@ -145,10 +150,11 @@ class Snapshot:
 
     def reference_sizes(self, **sizes: float) -> dict[str, float]:
         """A value for every size the cost depends on: the given one, the reference one, or 100."""
-        return {name: 100 for name in self.cost.sizes} | dict(REFERENCE_SIZES) | sizes
+        others = dict.fromkeys(sorted(self.cost.sizes - REFERENCE_SIZES.keys()), 100)
+        return {**REFERENCE_SIZES, **others, **sizes}
 
     def op_rows(self, **sizes: float) -> tuple[OpRow, ...]:
-        """Calls by op, the greatest share of FLOPs first, at the given or the reference sizes."""
+        """Calls by op, the greatest shares first, at the given or the reference sizes."""
         at = self.reference_sizes(**sizes)
         whole = self.cost.at(**at)
         rows = []
@@ -164,9 +170,9 @@ class Snapshot:
                     tuple(dict.fromkeys(n.irreps for n in nodes if n.irreps)),
                 )
             )
-        return tuple(sorted(rows, key=lambda row: (-row.flops, -row.bytes, -row.count, row.target)))
+        return tuple(sorted(rows, key=lambda row: (-row.flops - row.bytes, -row.count, row.target)))
 
-    def __str__(self) -> str:
+    def code(self) -> str:
         """The program as Python-like text with types; the first line says what made it, and what it costs."""
         return "\n".join(_lines(self))
 
@@ -182,7 +188,7 @@ class Snapshot:
         nodes = []
         for node in self.nodes:
             data = {f.name: getattr(node, f.name) for f in fields(node) if getattr(node, f.name) != f.default}
-            if node.cost != Cost():
+            if node.cost != ZERO:
                 data["cost"] = [expression(node.cost.flops), expression(node.cost.bytes)]
             nodes.append(data)
         return {
@@ -246,7 +252,8 @@ def snapshot(program: Program, label: str, *, seconds: float | None = None) -> S
 def _record(node: fx.Node, target: str, sizes: SizeNames) -> NodeRecord:
     origin = provenance(node)
     shape, dtype = _type(node.meta.get("val"), sizes)
-    semantic = SEMANTIC.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    called: Any = node.target
+    semantic = SEMANTIC.get(called)
     return NodeRecord(
         name=node.name,
         op=node.op,
@@ -281,7 +288,7 @@ def _type(value: object, sizes: SizeNames) -> tuple[str, str]:
     return "", ""
 
 
-def _target(target: object) -> str:
+def _target(target: Any) -> str:
     packet = getattr(target, "overloadpacket", None)
     if packet is not None:
         return str(packet)  # the arguments tell the overloads apart

@@ -8,7 +8,6 @@ from .driver import (
     escapes,
     is_pure,
     shares_memory,
-    written,
 )
 from .pattern import Lit, Match, OneOf, Op, PartialMatch, Shared, Var, arguments, match
 from .rule import Builder, Refused, Rule, refuse
@@ -34,5 +33,4 @@ __all__ = [
     "match",
     "refuse",
     "shares_memory",
-    "written",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -83,14 +83,13 @@ class _Driver:
         """Visit every node once; refusals are those of the last sweep, which changes nothing."""
         before = len(self.applications)
         self.refusals.clear()
-        in_place = written(self.program.graph)
         for root in list(self.program.graph.nodes):
             dead = root in self.erased or (not root.users and is_pure(root))
             if not dead and root.op not in ("placeholder", "output"):
-                self.visit(root, in_place)
+                self.visit(root)
         return len(self.applications) > before
 
-    def visit(self, root: fx.Node, in_place: frozenset[fx.Node]) -> None:
+    def visit(self, root: fx.Node) -> None:
         for rule, targets in self.rules:
             if targets is not None and root.target not in targets:
                 continue
@@ -101,18 +100,11 @@ class _Driver:
             if not isinstance(found, Match):
                 continue
             self.matched[rule.name] += 1
-            refused = self.check(rule, found, in_place)
+            refused = rule.check(found, self.program, **found.bindings) if rule.check else None
             if refused is None:
                 self.replace(rule, found)
                 return
             self.refuse(rule, root, refused)
-
-    def check(self, rule: Rule, found: Match, in_place: frozenset[fx.Node]) -> Refused | None:
-        nodes = (*found.nodes, *(value for value in found.bindings.values() if isinstance(value, fx.Node)))
-        unsafe = next((node for node in nodes if node in in_place), None)
-        if unsafe is not None:
-            return refuse(f"the memory of {unsafe.name} is written in place", unsafe)
-        return None if rule.check is None else rule.check(found, self.program, **found.bindings)
 
     def refuse(self, rule: Rule, root: fx.Node, refused: Refused) -> None:
         nodes = tuple(dict.fromkeys(node.name for node in (root, *refused.nodes)))
@@ -163,7 +155,7 @@ def erase_unused(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a node may be removed, merged or computed ahead of time: no input or output, no write, no randomness."""
+    """Whether a node may be removed, merged or computed ahead of time: no input or output, no effect, no randomness."""
     return not node.is_impure()
 
 
@@ -188,26 +180,3 @@ def shares_memory(node: fx.Node) -> tuple[fx.Node, ...]:
     given = arguments(node) if names else {}
     lists = (given[name] if isinstance(given[name], (list, tuple)) else [given[name]] for name in names)
     return tuple(value for values in lists for value in values if isinstance(value, fx.Node))
-
-
-def written(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Nodes that share memory with something that the graph writes in place; empty in a functional graph."""
-    linked: dict[fx.Node, set[fx.Node]] = defaultdict(set)
-    weights: dict[str, fx.Node] = {}
-    pending: list[fx.Node] = []
-    for node in graph.nodes:
-        shared = shares_memory(node)
-        if node.op == "get_attr":
-            shared = (weights.setdefault(str(node.target), node),)
-        for other in shared:
-            linked[node].add(other)
-            linked[other].add(node)
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            pending.extend(shared)
-    found: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(linked[node])
-    return frozenset(found)

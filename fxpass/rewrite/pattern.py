@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-OpOverload: TypeAlias = torch._ops.OpOverload
-Target: TypeAlias = OpOverload | BuiltinFunctionType
+OpOverload = type(torch.ops.aten.add.Tensor)  # the class has no public name
+Target: TypeAlias = Callable[..., Any]
 Predicate: TypeAlias = Callable[[fx.Node], bool]
 
 

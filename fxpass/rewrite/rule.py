@@ -49,7 +49,7 @@ Replace: TypeAlias = Callable[..., fx.Node]
 
 @dataclass(frozen=True)
 class Rule:
-    """One rewrite, on values: the driver never applies it to memory that the graph writes in place.
+    """One rewrite: where the pattern matches and the check agrees, another node takes over from the root.
 
     Attributes:
         name: kebab-case name, quoted in reports.

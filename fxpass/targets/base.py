@@ -35,7 +35,10 @@ LEGAL = "legalize,fold-constants,common-subexpressions,dead-code"
 
 
 def executable(program: Program) -> fx.GraphModule:
-    """A copy of the program's graph module that returns a list, the common result type of all targets."""
+    """A copy of the program's graph module that returns a list, the common result type of all targets.
+
+    Its floating weights are parameters, folded ones too: a drop-in has ``parameters()`` as its original has.
+    """
     module = program.copy().graph_module
     output = module.graph.output_node()
     output.args = (list(output.args[0]),)  # type: ignore[arg-type]
@@ -43,7 +46,9 @@ def executable(program: Program) -> fx.GraphModule:
     for node in module.graph.nodes:
         node.meta = {}
     module.recompile()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_floating_point():
+            delattr(module, name)
+            module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
     return module
 

@@ -153,6 +153,7 @@ def _told(row: Row) -> str:
     return f"{row.check} of {row.structure} {row.value:.1e} {sign} {row.limit:.1e} {row.unit}"
 
 
+@np.errstate(invalid="ignore", over="ignore")  # NaN and infinities make rows, not warnings
 def make_receipt(
     reference64: Evaluator,
     candidate: Evaluator,

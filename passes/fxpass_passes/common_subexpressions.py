@@ -12,7 +12,7 @@ from torch import fx
 from fxpass.ir.metadata import provenance
 from fxpass.ir.program import Program, attribute
 from fxpass.passes import Application, Exactness, Outcome, Pass
-from fxpass.rewrite import arguments, escapes, is_pure, written
+from fxpass.rewrite import arguments, escapes, is_pure
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class CommonSubexpressions(Pass):
 
     Holds when: both nodes call the same op with the same arguments, defaults filled in; literals of
     different type differ (``1``, ``1.0`` and ``True``, ``0.0`` and ``-0.0``). Two weights are the same where
-    they are the same memory read in the same way. Random ops, memory that is written in place, and
-    two results that are both returned are left alone.
+    they are the same memory read in the same way. Random ops, and two results that are both returned,
+    are left alone.
 
     Keeps: bits, gradients, interface, and the provenance of the first node.
     """
@@ -37,11 +37,10 @@ class CommonSubexpressions(Pass):
     exactness: ClassVar[Exactness] = Exactness.EXACT
 
     def apply(self, program: Program) -> Outcome:
-        in_place = written(program.graph)
         first: dict[Hashable, fx.Node] = {}
         applications: list[Application] = []
         for node in list(program.graph.nodes):
-            if not is_pure(node) or not in_place.isdisjoint((node, *node.all_input_nodes)):
+            if not is_pure(node):
                 continue
             known = first.setdefault(_expression(program, node), node)
             # Two outputs in one memory would change together where the caller writes to one of them.

@@ -21,8 +21,8 @@ class DeadCode(Pass):
         z = add(y, v)                    return y
         return y
 
-    Holds when: the node has no users and no effect. Nodes that write in place, draw random numbers or
-    assert something stay, with what they need; inputs stay, used or not.
+    Holds when: the node has no users and no effect. Nodes that draw random numbers or assert something
+    stay, with what they need; inputs stay, used or not.
 
     Keeps: bits, gradients, interface.
     """

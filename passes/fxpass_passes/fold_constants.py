@@ -15,7 +15,7 @@ from fxpass.errors import Location, PassError
 from fxpass.ir.metadata import provenance, set_provenance
 from fxpass.ir.program import Program, add_constant, attribute
 from fxpass.passes import Application, Exactness, Outcome, Pass
-from fxpass.rewrite import apply_rules, erase_unused, escapes, is_pure, written
+from fxpass.rewrite import apply_rules, erase_unused, escapes, is_pure
 
 from .identities import IDENTITIES
 
@@ -58,11 +58,9 @@ class FoldConstants(Pass):
         return Outcome(program, bool(applications), applications, simpler.refusals)
 
     def _fold(self, program: Program) -> tuple[Application, ...]:
-        graph, in_place = program.graph, written(program.graph)
+        graph = program.graph
         values: dict[fx.Node, Any] = {}
         for node in graph.nodes:
-            if node in in_place:
-                continue
             if node.op == "get_attr":
                 tensor = attribute(program, node)
                 if self.parameters or not isinstance(tensor, torch.nn.Parameter):
@@ -71,14 +69,13 @@ class FoldConstants(Pass):
                 value = _evaluate(node, values, self.name)
                 if self._fits(node, value, values):
                     values[node] = value
-        overwritten = {str(node.target) for node in in_place if node.op == "get_attr"}
         applications = []
         for node, value in values.items():
             needed = any(user not in values for user in node.users)
             if node.op != "call_function" or not isinstance(value, torch.Tensor) or not needed:
                 continue
             with graph.inserting_before(node):
-                constant = graph.get_attr(_store(program, f"folded_{node.name}", value, overwritten))
+                constant = graph.get_attr(_store(program, f"folded_{node.name}", value))
             set_provenance(constant, replace(provenance(node), made_by=self.name))
             node.replace_all_uses_with(constant)
             removed = len(erase_unused([node]))
@@ -90,10 +87,9 @@ class FoldConstants(Pass):
 
 
 def _is_foldable(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        known = "empty" not in node.target._schema.name  # what empty returns is no constant
-    else:
-        known = node.target is operator.getitem
+    schema = getattr(node.target, "_schema", None)
+    # What empty returns is no constant.
+    known = node.target is operator.getitem or (schema is not None and "empty" not in schema.name)
     return known and is_pure(node) and all(n in values for n in node.all_input_nodes) and not escapes(node)
 
 
@@ -117,10 +113,10 @@ def _bytes(value: Any) -> float:
     return sum(_bytes(v) for v in value) if isinstance(value, (list, tuple)) else 0
 
 
-def _store(program: Program, name: str, value: torch.Tensor, overwritten: set[str]) -> str:
+def _store(program: Program, name: str, value: torch.Tensor) -> str:
     """Name of a buffer that holds ``value``, bit for bit: one that is there already, or a new one."""
     for known, buffer in program.graph_module.named_buffers():
-        if known not in overwritten and _same_bits(buffer, value):
+        if _same_bits(buffer, value):
             return known
     return add_constant(program, name, value)
 

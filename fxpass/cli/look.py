@@ -1,0 +1,191 @@
+"""``fxpass inspect`` and ``fxpass diff``: what is in a model or a result, and what passes make of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from .. import api
+from ..errors import UsageError
+from ..ir.diff import GraphDiff
+from ..ir.diff import diff as compare
+from ..ir.program import Program
+from ..ir.snapshot import Snapshot, snapshot
+from ..package import check_new, is_package, write_new
+from ..passes import Pass
+from ..pipeline import format_pass, format_passes, resolve
+from ..registry import default_registry, did_you_mean
+from ..render import html
+from ..render.terminal import graph_diff, graph_summary, pipeline_table, report_view
+from ..report import PassRecord, Report
+from ..structures import SYMBOLS
+from . import options
+from .answer import Answer
+from .options import Commands
+
+INSPECT = """
+fxpass inspect example:small
+fxpass inspect example:small --at atoms=108,edges=4600
+fxpass inspect example:small --graph
+"""
+
+DIFF = """
+fxpass diff example:small -p fold-constants,dead-code
+fxpass diff example:small -p exact --html exact.html
+"""
+
+
+def add_to(commands: Commands) -> None:
+    """Add the commands of this file."""
+    parser = commands.add(
+        "inspect",
+        inspect,
+        "show the graph of a model or of a result: ops, irreps, cost",
+        more="Of a result, which is what fxpass optimize wrote, also the passes, the receipt and the target.",
+        examples=INSPECT,
+    )
+    parser.add_argument("model", metavar="MODEL|OUT", help=f"{options.MODEL_HELP}, or a result")
+    parser.add_argument("--at", metavar="SIZES", default="", help="sizes to give the cost at: atoms=108,edges=4600")
+    parser.add_argument("--graph", action="store_true", help="print the whole graph")
+
+    parser = commands.add(
+        "diff",
+        diff,
+        "show what each pass does to a model, and why it does no more",
+        options.model_argument(),
+        options.passes_option(),
+        options.file_option("--html", help="write the whole diff as a page"),
+        examples=DIFF,
+    )
+    parser.add_argument(
+        "--limit", metavar="N", type=int, default=10, help="nodes to show of each kind in each module (default: 10)"
+    )
+
+
+# --- inspect
+
+
+def inspect(arguments: argparse.Namespace) -> Answer:
+    word, given = arguments.model, _sizes(arguments.at)
+    shown: list[RenderableType] = []
+    if is_package(Path(word)):
+        result = api.load(word)
+        program, family, facts = result.program, result.frontend.name, result.facts
+        data = {"model": word, "kind": "result", "report": result.report.to_json()}
+        shown.append(report_view(result.report))
+    else:
+        with options.progress(stages=1) as bar:
+            bar.stage("capture")
+            model, frontend = api.open_model(options.find_model(word))
+            program, family, facts = api.capture(model), frontend.name, frontend.attributes(model)
+        data = {"model": word, "kind": "model"}
+    graph = snapshot(program, Path(word).name)
+    sizes = graph.reference_sizes()
+    for name in given:
+        if name not in sizes:
+            known = ", ".join(sorted(sizes))
+            raise UsageError(f"There is no size {name!r}.{did_you_mean(name, sizes)}", hint=f"--at with {known}")
+    sizes |= given
+    data |= {"family": family, "facts": dict(facts), "graph": _graph_to_json(graph, sizes)}
+    if arguments.graph:
+        data["graph"]["nodes"] = graph.to_json()["nodes"]
+        return Answer(data, (Text(graph.code(), no_wrap=True, overflow="ignore"),))
+    amount = graph.cost.at(**sizes)
+    cost = Text(f"Cost there: {amount.flops:.3g} FLOPs, {amount.bytes:.3g} bytes.")
+    return Answer(data, (_facts(family, facts), *shown, graph_summary(graph, **sizes), cost))
+
+
+def _facts(family: str, facts: Mapping[str, Any]) -> Text:
+    """One line of what the family says about the model."""
+    species = " ".join(SYMBOLS[number] for number in facts["numbers"])
+    return Text(f"{family}, {facts['dtype']}, cutoff {facts['cutoff']:g} Angstrom, species {species}")
+
+
+def _graph_to_json(graph: Snapshot, at: Mapping[str, float]) -> dict[str, Any]:
+    amount = graph.cost.at(**at)
+    whole = graph.to_json()
+    return {
+        "stage": graph.stage,
+        "node_count": len(graph.nodes),
+        "inputs": whole["inputs"],
+        "outputs": whole["outputs"],
+        "cost": {"flops": str(graph.cost.flops), "bytes": str(graph.cost.bytes)},
+        "at": {**at, "flops": amount.flops, "bytes": amount.bytes},
+        "ops": [asdict(row) for row in graph.op_rows(**at)],
+    }
+
+
+def _sizes(text: str) -> dict[str, float]:
+    """The sizes of ``atoms=108,edges=4600``."""
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if not value.strip().isdigit():
+            raise UsageError(f"{part.strip()!r} is not a size.", hint="--at atoms=108,edges=4600")
+        sizes[name.strip()] = float(value)
+    return sizes
+
+
+# --- diff
+
+
+class _Steps:
+    """An observer that keeps a record of every pass with the snapshots around it."""
+
+    def __init__(self, captured: Program) -> None:
+        self.captured = captured
+        self.snapshots = [snapshot(captured, "capture")]
+        self.records: list[PassRecord] = []
+        self._label = ""
+
+    def on_pass_start(self, pass_: Pass, program: Program) -> None:
+        self._label = format_pass(pass_)
+
+    def on_pass_end(self, record: PassRecord, before: Program, after: Program) -> None:
+        last = self.snapshots[-1]
+        self.records.append(record)
+        self.snapshots.append(snapshot(after, self._label, seconds=record.seconds) if record.modified else last)
+
+    def diffs(self) -> list[GraphDiff]:
+        """What each pass changed."""
+        return [compare(before, after) for before, after in zip(self.snapshots, self.snapshots[1:], strict=False)]
+
+
+def diff(arguments: argparse.Namespace) -> Answer:
+    page = None if arguments.html is None else Path(arguments.html)
+    if page is not None:
+        check_new(page, overwrite=arguments.overwrite)
+    chosen = resolve(arguments.passes, default_registry())
+    with options.progress(stages=1, passes=arguments.passes) as bar:
+        bar.stage("capture")
+        model, frontend = api.open_model(options.find_model(arguments.model))
+        steps = _Steps(api.capture(model))
+        api.run_passes(steps.captured, chosen, observers=[steps, bar])
+    report = Report(
+        model=f"{type(model).__module__}.{type(model).__qualname__}",
+        frontend=frontend.name,
+        pipeline=format_passes(chosen),
+        target="none",
+        records=tuple(steps.records),
+    )
+    diffs = steps.diffs()
+    if page is not None:
+        text = html.page(report, diffs, title=f"{arguments.model}: {report.pipeline}")
+        write_new(page, lambda file: _write(file, text), overwrite=arguments.overwrite)
+    passes = [
+        {**record, "diff": change.to_json()} for record, change in zip(report.to_json()["passes"], diffs, strict=True)
+    ]
+    return Answer(
+        {"model": arguments.model, "pipeline": report.pipeline, "passes": passes},
+        (*(graph_diff(change, limit=arguments.limit) for change in diffs), pipeline_table(report.records, diffs)),
+    )
+
+
+def _write(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())
