@@ -98,10 +98,17 @@ def trace(function: Callable[..., Any], inputs: Sequence[FakeTensor]) -> fx.Grap
     ):
         return make_fx(
             function,
+            decomposition_table={torch.ops.aten.silu_backward.default: _silu_backward},
             tracing_mode="real",
             record_stack_traces=True,
             _allow_non_fake_inputs=True,
         )(*inputs)
+
+
+def _silu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """grad * d silu / dx in ops that have derivatives themselves; ``aten::silu_backward`` has none."""
+    s = torch.sigmoid(x)
+    return grad * (s * (1 + x * (1 - s)))
 
 
 def frozen_sizes(inputs: Sequence[FakeTensor]) -> tuple[str, ...]:

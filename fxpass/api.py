@@ -26,10 +26,9 @@ from .pipeline import format_passes, resolve
 from .registry import FRONTENDS, PASSES, Registry, default_registry
 from .report import PassRecord, Report
 from .runner import Observer, RunResult, run
-from .structures import Structure, probe_structures, read_structures
+from .structures import Evaluator, Structure, probe_structures, read_structures
 from .targets.base import Target
 from .targets.eager import EagerTarget
-from .verify.physics import Evaluator
 from .verify.receipt import Receipt, make_receipt
 from .verify.tolerances import parse_budget
 

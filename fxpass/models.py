@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ class BesselBasis(nn.Module):
     Gasteiger et al., ICLR 2020 (DimeNet), Eq. 7 and 8 with p = 6.
     """
 
+    frequencies: Tensor
+
     def __init__(self, cutoff: float, functions: int) -> None:
         super().__init__()
         self.cutoff = cutoff
@@ -69,8 +72,9 @@ class BesselBasis(nn.Module):
     def forward(self, lengths: Tensor) -> Tensor:
         """[edges, 1] in Angstrom -> [edges, functions]."""
         x = lengths / self.cutoff
-        envelope = 1 - 28 * x**6 + 48 * x**7 - 21 * x**8
-        envelope = torch.where(x < 1, envelope, torch.zeros_like(x))
+        gap = (self.cutoff - lengths).clamp(min=0) / self.cutoff
+        # 1 - 28 x^6 + 48 x^7 - 21 x^8 in factors: near the cutoff the sum would lose all its digits
+        envelope = gap**3 * (1 + x * (3 + x * (6 + x * (10 + x * (15 + x * 21)))))
         return math.sqrt(2 / self.cutoff) * torch.sin(lengths * self.frequencies) / lengths * envelope
 
 
@@ -90,7 +94,8 @@ class Layer(nn.Module):
         activations = [silu if ir.p == 1 else tanh for _, ir in scalars]
         self.gate = Gate(scalars, activations, gates, [torch.sigmoid] * len(gates), gated)
 
-        messages, paths = [], []
+        messages: list[Any] = []
+        paths: list[tuple[int, int, int, str, bool]] = []
         for i, (mul, ir) in enumerate(features):
             for j, (_, edge) in enumerate(harmonics):
                 for product in ir * edge:
@@ -107,7 +112,9 @@ class Layer(nn.Module):
         self.self_connection = o3.FullyConnectedTensorProduct(features, f"{species}x0e", self.gate.irreps_in)
         self.norm = settings.average_neighbours**-0.5
 
-    def forward(self, features: Tensor, species: Tensor, edge_index: Tensor, harmonics: Tensor, basis: Tensor) -> Tensor:
+    def forward(
+        self, features: Tensor, species: Tensor, edge_index: Tensor, harmonics: Tensor, basis: Tensor
+    ) -> Tensor:
         """Features [atoms, irreps_in] and one-hot species [atoms, species] -> features [atoms, irreps_out]."""
         sender, receiver = edge_index[0], edge_index[1]
         messages = self.product(self.linear_in(features)[sender], harmonics, self.radial(basis))
@@ -120,6 +127,9 @@ class SmallPotential(nn.Module):
 
     Weights are random, in torch's default dtype, as usual for a module; see ``small_potential`` and ``load``.
     """
+
+    atomic_numbers: Tensor
+    atomic_energies: Tensor
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -135,8 +145,10 @@ class SmallPotential(nn.Module):
         self.basis = BesselBasis(settings.cutoff, settings.radial_functions)
         self.harmonics = o3.SphericalHarmonics(harmonics, normalize=True, normalization="component")
         self.embedding = o3.Linear(f"{species}x0e", scalars)
-        inputs = [scalars] + [settings.features] * (settings.layers - 1)
-        self.layers = nn.ModuleList(Layer(each, settings.features, str(harmonics), species, settings) for each in inputs)
+        self.layers = nn.ModuleList(
+            Layer(inputs, settings.features, str(harmonics), species, settings)
+            for inputs in [scalars] + [settings.features] * (settings.layers - 1)
+        )
         self.readout = o3.Linear(features, "1x0e")
 
     def energies(
@@ -268,14 +280,15 @@ def save(model: SmallPotential, path: str | Path) -> None:
     Raises:
         UsageError: the file exists or cannot be written.
     """
-    arrays = {name: value.detach().cpu().numpy() for name, value in model.named_parameters()}
+    arrays: dict[str, Any] = {name: value.detach().cpu().numpy() for name, value in model.named_parameters()}
+    arrays |= {"format": FORMAT, "settings": json.dumps(asdict(model.settings))}
     try:
         with open(path, "xb") as file:
-            np.savez_compressed(file, format=FORMAT, settings=json.dumps(asdict(model.settings)), **arrays)
+            np.savez_compressed(file, **arrays)
     except FileExistsError as error:
-        raise UsageError(f"{path} exists.", hint="another name, or remove it first.") from error
+        raise UsageError(f"{path} exists and is left as it is", hint="another name, or remove it first") from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}.", hint="a folder that can be written.") from error
+        raise UsageError(f"{path} cannot be written: {error.strerror}", hint="a folder that exists") from error
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> SmallPotential:
@@ -290,8 +303,10 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> SmallPotential
             arrays = {name: archive[name] for name in archive.files}
         if str(arrays.pop("format")) != FORMAT:
             raise ValueError(f"it is not of the format {FORMAT!r}")
-        known = json.loads(str(arrays.pop("settings")))
-        model = build(Settings(**{key: tuple(v) if isinstance(v, list) else v for key, v in known.items()}), dtype)
+        stored: dict[str, Any] = json.loads(str(arrays.pop("settings")))
+        for name in ("numbers", "atomic_energies"):  # JSON knows no tuples
+            stored[name] = tuple(stored[name])
+        model = build(Settings(**stored), dtype)
         weights = dict(model.named_parameters())
         if arrays.keys() != weights.keys():
             raise ValueError(f"its weights do not fit: {', '.join(sorted(arrays.keys() ^ weights.keys()))}")
@@ -299,7 +314,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> SmallPotential
             for name, weight in weights.items():
                 weight.copy_(torch.from_numpy(arrays[name]))
     except OSError as error:
-        raise UsageError(f"{path} cannot be opened: {error.strerror}.", hint="the path of a model file.") from error
+        raise UsageError(f"{path} cannot be opened: {error.strerror}", hint="the path of a model file") from error
     except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UnsupportedModelError(
             f"{path} does not hold a small potential: {' '.join(str(error).split())}",

@@ -311,8 +311,9 @@ def test_an_atom_on_the_boundary_is_not_lost() -> None:
 
 
 def test_bins_are_no_narrower_than_the_cutoff() -> None:
-    row = copper([[x, 0, 0] for x in np.linspace(0.0, 9.9, 400)])
-    for cutoff in (1.97, 1.98, 1.99, 2.0, 2.47, 2.48):
+    """Five bins over this row would be 1.98 wide and put atoms 1.982 apart two bins apart."""
+    row = copper([[1.98 * k + d, 0, 0] for k in range(6) for d in (-1e-3, 1e-3)])
+    for cutoff in (1.97, 1.979, 1.981, 1.99, 2.0):
         assert set(listed(row, cutoff)) == brute_force(row, cutoff)
 
 

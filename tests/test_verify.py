@@ -367,17 +367,18 @@ def test_float32_is_no_worse_than_twice_the_original(own: float | None, passes: 
     assert ("forces" not in failed(found)) == passes, found.summary()
 
 
-def test_float32_is_not_excused_by_a_bad_original() -> None:
+@pytest.mark.parametrize(("error", "passes"), [(1e-4, True), (3e-4, False)])
+def test_an_ill_conditioned_original_sets_the_limit(error: float, passes: bool) -> None:
     found = make_receipt(
         Potential(),
-        noisy(1e-4),
+        noisy(error),
         original=noisy(1e-4),
         candidate64=Potential(),
         structures=PROBES[:1],
         dtype="float32",
         exactness=REASSOCIATES,
     )
-    assert "forces" in failed(found)
+    assert ("forces" not in failed(found)) == passes, found.summary()
 
 
 @pytest.mark.parametrize(("budget", "passes"), [(1e-3, True), (1e-6, False)])

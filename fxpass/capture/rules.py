@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -219,17 +220,22 @@ class SymmetricContractionStandIn(nn.Module):
 class ExtractStandIn(nn.Module):
     """``e3nn.nn.Extract``, which is compiled code, as slices of the input joined to each output."""
 
-    def __init__(self, extract: nn.Module, path: str) -> None:
+    def __init__(self, extract: Any, path: str) -> None:
         super().__init__()
         slices = extract.irreps_in.slices()
-        self.pieces = [[(slices[i].start, slices[i].stop - slices[i].start) for i in ins] for ins in extract.instructions]
+        self.pieces = [[(slices[i].start, slices[i].stop) for i in ins] for ins in extract.instructions]
         # squeeze_out is not kept, so ask the module whether it returns a tensor or a tuple
         self.squeeze = isinstance(extract(torch.zeros(1, extract.irreps_in.dim)), Tensor)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        parts = [[x.narrow(-1, *piece) for piece in pieces] for pieces in self.pieces]
-        outputs = [torch.cat(part, dim=-1) if len(part) > 1 else part[0] if part else x.narrow(-1, 0, 0) for part in parts]
-        return outputs[0] if self.squeeze else tuple(outputs)
+        outputs = tuple(_joined([x[..., start:stop] for start, stop in pieces], x) for pieces in self.pieces)
+        return outputs[0] if self.squeeze else outputs
+
+
+def _joined(parts: list[Tensor], x: Tensor) -> Tensor:
+    if not parts:
+        return x[..., :0]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 #: qualified class name -> rule; a subclass without a rule of its own takes its base's

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
 from ..render.terminal import console
+
+#: e3nn 0.4.4 and mace-torch 0.3.16 on torch 2.13
+KNOWN_WARNINGS = (
+    "The TorchScript type system doesn't support instance-level annotations",
+    "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected",
+    r".*torch\.jit\..* is deprecated",
+)
 
 
 @dataclass(frozen=True)
@@ -21,21 +29,42 @@ class Answer:
 
     Attributes:
         data: the answer as JSON has it.
-        shown: the answer for people, from top to bottom.
+        shown: the answer for people, from top to bottom; strings are printed as they are, however long their lines.
         code: exit code, 0 or 1 (a check failed).
     """
 
     data: Mapping[str, Any]
-    shown: tuple[RenderableType, ...]
+    shown: Sequence[RenderableType]
     code: int = 0
 
     def write(self, as_json: bool) -> None:
         """Write the answer to standard output: JSON, coloured on a terminal, plain in a pipe or a file."""
+        screen = console(sys.stdout)
         if as_json:
             print(json.dumps(self.data, indent=1, allow_nan=False))
+        elif screen.is_terminal:
+            self._draw(screen)
         else:
-            console(sys.stdout).print(*self.shown, sep="\n", markup=False)
+            with screen.capture() as capture:
+                self._draw(screen)
+            print("\n".join(line.rstrip() for line in capture.get().splitlines()))  # rich fills lines with blanks
         sys.stdout.flush()
+
+    def _draw(self, screen: Console) -> None:
+        for part in self.shown:
+            if isinstance(part, str):
+                screen.out(part, highlight=False)
+            else:
+                screen.print(part)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what dependencies are known to warn about in code of their own."""
+    with warnings.catch_warnings():
+        for message in KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        yield
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from rich.text import Text
 from torch import nn
 
 from .. import api
-from ..errors import UsageError
 from ..frontends.base import Frontend
 from ..structures import FCC, Structure, neighbour_list
 from . import options
@@ -51,10 +50,14 @@ def add_to(commands: Commands) -> None:
         examples=EXAMPLES,
     )
     parser.add_argument(
-        "--atoms", metavar="N", type=int, default=108, help="size of the crystal to time on (default: 108)"
+        "--atoms", metavar="N", type=options.positive, default=108, help="size of the crystal to time on (default: 108)"
     )
-    parser.add_argument("--repeat", metavar="N", type=int, default=10, help="timed calls of each (default: 10)")
-    parser.add_argument("--threads", metavar="N", type=int, help="threads to run on (default: torch's choice)")
+    parser.add_argument(
+        "--repeat", metavar="N", type=options.positive, default=10, help="timed calls of each (default: 10)"
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=options.positive, help="threads to run on (default: torch's choice)"
+    )
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,6 @@ class Timing:
 
 
 def bench(arguments: argparse.Namespace) -> Answer:
-    for name in ("atoms", "repeat", "threads"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} is {getattr(arguments, name)}.", hint="a positive number")
     given = options.find_structures(arguments.structures)
     model, frontend = api.open_model(options.find_model(arguments.model))
     facts = frontend.attributes(model)
@@ -128,7 +128,7 @@ def bench(arguments: argparse.Namespace) -> Answer:
         f"torch {machine['torch']}, {data['dtype']}, target {report.target}"
     )
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.timings)
-    return Answer(data, (Text(on), _table(timings, arguments.repeat), Text(f"once: {stages}")))
+    return Answer(data, (on, _table(timings, arguments.repeat), f"once: {stages}"))
 
 
 def _table(timings: list[Timing], repeat: int) -> Table:

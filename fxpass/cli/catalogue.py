@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any
@@ -77,7 +78,9 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> Table:
     columns = [name for name in ("name", "provider", "exactness", "pipeline", "summary") if name in rows[0]]
     table = Table(box=None, title=kind, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
-        table.add_column(name, header_style="bright_black", no_wrap=name in ("name", "provider", "exactness"))
+        table.add_column(
+            name, header_style="bright_black", overflow="fold", no_wrap=name not in ("pipeline", "summary")
+        )
     for row in rows:
         *cells, last = (Text(row[name] or "", "cyan" if name == "name" else "") for name in columns)
         broken = row["problem"] is not None
@@ -107,21 +110,31 @@ def _explain_pass(entry: Entry, cls: type[Pass]) -> Answer:
         "options": options,
     }
     facts = Table.grid(padding=(0, 2))
-    for name, value in (("exactness", cls.exactness.value), ("stages", ", ".join(cls.stages)), ("provider", entry.origin)):
+    for name, value in (
+        ("exactness", cls.exactness.value),
+        ("stages", ", ".join(cls.stages)),
+        ("provider", entry.origin),
+        ("file", file or "unknown"),
+    ):
         facts.add_row(Text(name, "bright_black"), Text(value))
-    facts.add_row(Text("file", "bright_black"), Text(file or "unknown"))
-    told = [f"{each['name']}: {each['type']}" + ("" if each["required"] else f" = {each['default']}") for each in options]
+    defaults = ("" if option["required"] else f" = {option['default']}" for option in options)
+    told = [f"{option['name']}: {option['type']}{default}" for option, default in zip(options, defaults, strict=True)]
     return Answer(
         data,
         (
             Text(entry.name, "bold"),
-            Padding(Text(_documentation(cls) or "It has no documentation."), (1, 0, 1, 0)),
+            Padding(Text(_plain(_documentation(cls)) or "It has no documentation."), (1, 0, 1, 0)),
             Text("Options:" if told else "No options.", "bold"),
             *(Padding(Text(line), (0, 0, 0, 2)) for line in told),
             Text(""),
             facts,
         ),
     )
+
+
+def _plain(text: str) -> str:
+    """A docstring without the marks of reStructuredText."""
+    return re.sub(r"::$", ":", text, flags=re.MULTILINE).replace("``", "`")
 
 
 def _option(option: Field[Any]) -> dict[str, Any]:

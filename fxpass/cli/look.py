@@ -64,7 +64,11 @@ def add_to(commands: Commands) -> None:
         examples=DIFF,
     )
     parser.add_argument(
-        "--limit", metavar="N", type=int, default=10, help="nodes to show of each kind in each module (default: 10)"
+        "--limit",
+        metavar="N",
+        type=options.positive,
+        default=10,
+        help="nodes to show of each kind in each module (default: 10)",
     )
 
 
@@ -90,12 +94,12 @@ def inspect(arguments: argparse.Namespace) -> Answer:
     for name in given:
         if name not in sizes:
             known = ", ".join(sorted(sizes))
-            raise UsageError(f"There is no size {name!r}.{did_you_mean(name, sizes)}", hint=f"--at with {known}")
+            raise UsageError(f"there is no size {name!r}{did_you_mean(name, sizes)}", hint=f"--at with {known}")
     sizes |= given
     data |= {"family": family, "facts": dict(facts), "graph": _graph_to_json(graph, sizes)}
     if arguments.graph:
         data["graph"]["nodes"] = graph.to_json()["nodes"]
-        return Answer(data, (Text(graph.code(), no_wrap=True, overflow="ignore"),))
+        return Answer(data, (graph.code(),))
     amount = graph.cost.at(**sizes)
     cost = Text(f"Cost there: {amount.flops:.3g} FLOPs, {amount.bytes:.3g} bytes.")
     return Answer(data, (_facts(family, facts), *shown, graph_summary(graph, **sizes), cost))
@@ -127,7 +131,7 @@ def _sizes(text: str) -> dict[str, float]:
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if not value.strip().isdigit():
-            raise UsageError(f"{part.strip()!r} is not a size.", hint="--at atoms=108,edges=4600")
+            raise UsageError(f"{part.strip()!r} is not a size", hint="--at atoms=108,edges=4600")
         sizes[name.strip()] = float(value)
     return sizes
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from ..errors import FxpassError, UsageError
 from ..registry import did_you_mean
 from . import bench, catalogue, doctor, look, optimize
-from .answer import foreign_output_on_stderr
+from .answer import foreign_output_on_stderr, quiet
 from .options import Commands, Parser
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(words)
         if arguments is None:
             return 0
-        with foreign_output_on_stderr():
+        with quiet(), foreign_output_on_stderr():
             answer = arguments.run(arguments)
         answer.write(as_json)
         return int(answer.code)
@@ -79,7 +79,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace | None:
     name = next((word for word in words if not word.startswith("-")), None)
     known = commands.parsers
     if name is not None and name not in known:
-        raise UsageError(f"There is no command {name!r}.{did_you_mean(name, known)}", hint=f"one of {', '.join(known)}")
+        raise UsageError(f"there is no command {name!r}{did_you_mean(name, known)}", hint=f"one of {', '.join(known)}")
     if not words:
         parser.print_help()
         return None
@@ -92,7 +92,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace | None:
         options = re.findall(r"--[a-z-]+", chosen.format_usage())
         word = unknown[0] if unknown else words[0]
         kind = "option" if word.startswith("-") else "argument"
-        raise UsageError(f"There is no {kind} {word!r}.{did_you_mean(word, options)}", hint=f"{chosen.prog} --help")
+        raise UsageError(f"there is no {kind} {word!r}{did_you_mean(word, options)}", hint=f"{chosen.prog} --help")
     return arguments
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.text import Text
-
 from .. import api
 from ..package import check_new
 from ..render.terminal import receipt_table, report_view
@@ -77,7 +75,7 @@ def optimize(arguments: argparse.Namespace) -> Answer:
     size = output.stat().st_size
     return Answer(
         {**result.report.to_json(), "output": str(output), "bytes": size},
-        (report_view(result.report), Text(f"{output}: {size / 1e6:.1f} MB")),
+        (report_view(result.report), f"{output}: {size / 1e3:,.0f} kB"),
     )
 
 
@@ -89,4 +87,4 @@ def verify(arguments: argparse.Namespace) -> Answer:
         bar.stage("verify")
         receipt = api.verify(result, original, example=structures, budget=arguments.budget)
     data = receipt.to_json()
-    return Answer(data, (receipt_table(data), Text(receipt.summary())), code=0 if receipt.passed else 1)
+    return Answer(data, (receipt_table(data), receipt.summary()), code=0 if receipt.passed else 1)

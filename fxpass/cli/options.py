@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises what it has to complain about."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[0].upper()}{message[1:]}.", hint=f"{self.prog} --help")
+        raise UsageError(message, hint=f"{self.prog} --help")
 
 
 class Commands:
@@ -42,9 +42,7 @@ class Commands:
         self._parsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
         self.parsers: dict[str, Parser] = {}
 
-    def add(
-        self, name: str, run: Command, summary: str, *parents: Parser, examples: str, more: str = ""
-    ) -> Parser:
+    def add(self, name: str, run: Command, summary: str, *parents: Parser, examples: str, more: str = "") -> Parser:
         """A new command; ``more`` follows the summary in its help."""
         lines = "\n".join(f"  {line}" for line in examples.strip().splitlines())
         parser: Parser = self._parsers.add_parser(
@@ -120,6 +118,13 @@ def file_option(*names: str, help: str, required: bool = False) -> Parser:
     return parent
 
 
+def positive(text: str) -> int:
+    """A positive number, for ``type=`` of an option."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
 # --- what the words stand for
 
 
@@ -131,7 +136,7 @@ def find_model(word: str) -> nn.Module | Path:
     """
     if word.startswith("example:"):
         if word not in EXAMPLES:
-            what = f"There is no {word!r}.{did_you_mean(word, EXAMPLES)}"
+            what = f"there is no {word!r}{did_you_mean(word, EXAMPLES)}"
             raise UsageError(what, hint=f"one of {', '.join(EXAMPLES)}")
         return EXAMPLES[word]()
     path = Path(word)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.program import Program
-from ..structures import Structure
-from ..verify.physics import Evaluation
+from ..structures import Evaluation, Structure
 
 #: runs a lowered program: canonical inputs by name -> outputs by name
 Runner = Callable[..., tuple[Tensor, ...]]

@@ -43,7 +43,7 @@ class BundledFrontend:
                 hint="register a frontend for it (entry point group fxpass.frontends)",
             )
 
-    def capture(self, model: nn.Module) -> Program:
+    def capture(self, model: Any) -> Program:
         dtype, species = dtype_of(model), len(model.atomic_numbers)
         inputs = (
             TensorSpec("edge_vectors", ("edges", 3), dtype, "1x1o", "Angstrom", frozenset({"edge_vector"})),
@@ -53,14 +53,14 @@ class BundledFrontend:
             TensorSpec("cell", ("graphs", 3, 3), dtype, None, "Angstrom"),
         )
         outputs = (TensorSpec("energy", (), dtype, None, "eV"), TensorSpec("node_energy", (), dtype, None, "eV"))
-        replica = prepare(model)
+        replica: Any = prepare(model)
 
         def run(edge_vectors: Tensor, edge_index: Tensor, species: Tensor, batch: Tensor, cell: Tensor) -> list[Tensor]:
             return list(replica.energies(edge_vectors, edge_index, species, batch, cell.shape[0]))
 
         return capture(run, replica, inputs, outputs)
 
-    def attributes(self, model: nn.Module) -> dict[str, Any]:
+    def attributes(self, model: Any) -> dict[str, Any]:
         return {
             "cutoff": model.cutoff,
             "numbers": model.atomic_numbers.tolist(),
@@ -70,7 +70,7 @@ class BundledFrontend:
     def interface(self, energy: nn.Module, forces: nn.Module, attributes: Mapping[str, Any]) -> nn.Module:
         return BundledInterface(energy, forces, attributes)
 
-    def evaluate(self, model: nn.Module, structure: Structure) -> Evaluation:
+    def evaluate(self, model: Any, structure: Structure) -> Evaluation:
         dtype, periodic = dtype_of(model), all(structure.pbc)
         data = collate([structure], model.atomic_numbers.tolist(), model.cutoff, dtype)
         result = model(data, compute_stress=periodic)

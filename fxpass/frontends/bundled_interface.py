@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List  # noqa: UP035  TorchScript reads these annotations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,11 @@ class BundledInterface(nn.Module):
 
     def forward(
         self,
-        data: Dict[str, Tensor],
+        data: dict[str, Tensor],
         compute_forces: bool = True,
         compute_stress: bool = False,
         training: bool = False,
-    ) -> Dict[str, Tensor]:
+    ) -> dict[str, Tensor]:
         """Evaluate a batch; arguments, outputs, shapes and units are those of ``SmallPotential.forward``.
 
         Raises:
@@ -44,14 +44,15 @@ class BundledInterface(nn.Module):
                 result = self._evaluate(data, compute_forces, compute_stress)
         return result
 
-    def _evaluate(self, data: Dict[str, Tensor], compute_forces: bool, compute_stress: bool) -> Dict[str, Tensor]:
+    def _evaluate(self, data: dict[str, Tensor], compute_forces: bool, compute_stress: bool) -> dict[str, Tensor]:
         positions, index, batch, cell = data["positions"], data["edge_index"], data["batch"], data["cell"]
-        species = one_hot_species(data["numbers"], self.atomic_numbers, positions.dtype)
+        known = self.atomic_numbers
+        species = one_hot_species(data["numbers"], known, positions.dtype)  # type: ignore[arg-type]
         vectors = edge_vectors(positions, index, data["shifts"])
         if not (compute_forces or compute_stress):
-            energies: List[Tensor] = self.energy_program(vectors, index, species, batch, cell)
+            energies: list[Tensor] = self.energy_program(vectors, index, species, batch, cell)
             return {"energy": energies[0], "node_energy": energies[1]}
-        values: List[Tensor] = self.forces_program(vectors, index, species, batch, cell)
+        values: list[Tensor] = self.forces_program(vectors, index, species, batch, cell)
         result = {"energy": values[0], "node_energy": values[1]}
         gradient = values[2]
         if compute_forces:

@@ -15,8 +15,7 @@ from .._torch_compat import load_pickle, pickle_names
 from ..capture.capture import capture, prepare
 from ..errors import Location, MissingExtraError, StructureError, UnsupportedModelError
 from ..ir.program import Program, TensorSpec
-from ..structures import Structure, neighbour_list
-from ..verify.physics import Evaluation
+from ..structures import Evaluation, Structure, neighbour_list
 from .base import dtype_of
 from .mace_interface import MaceInterface
 
@@ -143,7 +142,7 @@ class MaceFrontend:
         periodic = all(structure.pbc)
         result = model(data, compute_stress=periodic)
         return Evaluation(
-            energy=float(result["energy"][0]),
+            energy=float(result["energy"][0].detach()),
             forces=result["forces"].detach().double().numpy(),
             stress=result["stress"][0].detach().double().numpy() if periodic else None,
             dtype=str(dtype_of(model)).removeprefix("torch."),

@@ -4,13 +4,11 @@ Text of generated code is no ground for a diff: one node more renumbers all name
 matched by what they compute:
 
 1. inputs and weights by name, outputs as such;
-2. *forward*: equal value numbers, that is the same target, literals, module and equal inputs; a symbolic
-   size equals every other one of the same value;
-3. *backward*: two unmatched nodes with the same target, literals and module, used at the same place by a
-   matched pair of users; so what lies between a change and the outputs is recognised too;
-4. the same target, literals, module, shape and dtype, where no input contradicts: each is equal, or is
-   itself without a partner on either side;
-5. by name in the same module, where the arguments, or the target and the shape, are the same.
+2. by value number, that is the same target, literals and equal inputs, within one module; a symbolic size
+   equals every other one of the same value;
+3. what is left: the same target, literals and module, where no input contradicts: each is equal, or was
+   added or removed; of several such nodes the one with most equal inputs, then the one of equal shape;
+4. by name in the same module, where the arguments, or the target and the shape, are the same.
 
 What has a partner is unchanged or changed (its target, arguments, shape, dtype, irreps or module are
 different, where an argument that was only renamed is not); what has none was added or removed.
@@ -44,11 +42,17 @@ class Change:
 
     @property
     def details(self) -> tuple[str, ...]:
-        """One line a field: ``"shape: [edges, 32] -> [atoms, 32]"``."""
-        return tuple(
-            f"{name}: {_shown(getattr(self.before, name))} -> {_shown(getattr(self.after, name))}"
-            for name in self.fields
-        )
+        """One line a field: ``"shape: [edges, 32] -> [atoms, 32]"``; of arguments only those that are different."""
+        return tuple(f"{name}: {self._told(name)}" for name in self.fields)
+
+    def _told(self, name: str) -> str:
+        old, new = getattr(self.before, name), getattr(self.after, name)
+        if name == "args":
+            olds, news = old.split(", "), new.split(", ")
+            if len(olds) == len(news):
+                pairs = ((a.strip("[]()"), b.strip("[]()")) for a, b in zip(olds, news, strict=True))
+                return ", ".join(f"{a} -> {b}" for a, b in pairs if a != b) or f"{old} -> {new}"
+        return f"{_shown(old)} -> {_shown(new)}"
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,8 @@ class GraphDiff:
 def diff(before: Snapshot, after: Snapshot) -> GraphDiff:
     """Compare two snapshots of one program."""
     matching = _Matching(before.nodes, after.nodes)
-    matching.forward(exact=True)
-    matching.backward()
-    matching.forward(exact=False)
+    matching.run(exact=True)
+    matching.run(exact=False)
 
     added, changed, kept = [], [], []
     for node in after.nodes:
@@ -204,38 +207,24 @@ class _Matching:
         self.numbers_before: dict[str, int] = {}
         self.numbers_after: dict[str, int] = {}
         self.equal: dict[Hashable, list[NodeRecord]] = defaultdict(list)  # nodes before by number and place
-        self.alike: dict[Hashable, list[NodeRecord]] = defaultdict(list)  # nodes before by skeleton and type
+        self.alike: dict[Hashable, list[NodeRecord]] = defaultdict(list)  # nodes before by skeleton
         for node in before:
             number = self.numbers_before[node.name] = self._number(node, self.numbers_before)
             self.equal[number, node.target, node.place].append(node)
-            self.alike[_skeleton(node), node.shape, node.dtype].append(node)
+            self.alike[_skeleton(node)].append(node)
 
-    def forward(self, *, exact: bool) -> None:
-        """Give every node after its number, and a partner: one of equal number, or where not ``exact`` a similar one."""
+    def run(self, *, exact: bool) -> None:
+        """Give every node after its number and a partner: one of equal number, else if not ``exact`` a similar one."""
         for node in self.after.values():
             partner = self.partners.get(node.name)
             number = self._number(node, self.numbers_after)
             if partner is None:
                 partner = self._first(self.equal[number, node.target, node.place], node)
                 if partner is None and not exact:
-                    similar = self.alike[_skeleton(node), node.shape, node.dtype]
-                    partner = self._first([old for old in similar if self._compatible(old, node)], node)
-                    partner = partner or self._namesake(node)
+                    partner = self._similar(node) or self._namesake(node)
                 if partner is not None:
                     self._pair(partner, node)
             self.numbers_after[node.name] = self.numbers_before[partner.name] if partner else number
-
-    def backward(self) -> None:
-        """From matched users to the nodes they use."""
-        for user in reversed(self.after.values()):
-            partner = self.partners.get(user.name)
-            if partner is None:
-                continue
-            if len(partner.inputs) != len(user.inputs) and user.op != "output":
-                continue  # places are shifted; outputs are only ever appended
-            for old, new in self._uses(partner, user):
-                if old.name not in self.taken and new.name not in self.partners and _skeleton(old) == _skeleton(new):
-                    self._pair(old, new)
 
     def differences(self, old: NodeRecord, new: NodeRecord) -> tuple[str, ...]:
         fields = [name for name in _COMPARED if getattr(old, name) != getattr(new, name)]
@@ -248,13 +237,19 @@ class _Matching:
         free = [old for old in candidates if old.name not in self.taken]
         return next((old for old in free if old.name == node.name), free[0] if free else None)
 
-    def _compatible(self, old: NodeRecord, new: NodeRecord) -> bool:
-        """Whether each input is equal on both sides, or without a partner on both."""
-        return all(
-            self.numbers_before[a.name] == self.numbers_after[b.name]
-            or (a.name not in self.taken and b.name not in self.partners)
-            for a, b in self._uses(old, new)
-        )
+    def _similar(self, node: NodeRecord) -> NodeRecord | None:
+        candidates: dict[tuple[int, bool], list[NodeRecord]] = defaultdict(list)  # by what speaks for them
+        for old in self.alike[_skeleton(node)]:
+            equal = 0
+            for a, b in self._uses(old, node):
+                if self.numbers_before[a.name] == self.numbers_after[b.name]:
+                    equal += 1
+                elif a.name in self.taken and b.name in self.partners:
+                    break  # both are known, as different nodes
+            else:
+                candidates[equal, old.type == node.type].append(old)
+        best = (self._first(candidates[merit], node) for merit in sorted(candidates, reverse=True))
+        return next(filter(None, best), None)
 
     def _namesake(self, node: NodeRecord) -> NodeRecord | None:
         old = self.before.get(node.name)
@@ -282,7 +277,7 @@ class _Matching:
         elif node.dtype == "int":
             key = ("size", node.shape)
         else:
-            key = (node.op, node.target, self._value(node, numbers), node.module, node.backward)
+            key = (node.op, node.target, self._value(node, numbers))
         return self.table.setdefault(key, len(self.table))
 
     @staticmethod

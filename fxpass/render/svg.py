@@ -67,8 +67,10 @@ class _Axis:
         if self.log:
             return f"{tick:g}" if 1e-3 <= tick < 1e5 else _scientific(tick, 0)
         step = self.ticks[1] - self.ticks[0]
-        if max(abs(t) for t in self.ticks) >= 1e6 or step < 1e-4:
-            return "0" if abs(tick) < 1e-9 * step else _scientific(tick, 2)
+        largest = max(abs(t) for t in self.ticks)
+        if largest >= 1e6 or step < 1e-4:
+            digits = math.ceil(math.log10(largest / step)) + 1  # enough to tell neighbouring ticks apart
+            return "0" if abs(tick) < 1e-9 * step else _scientific(tick, digits)
         digits = next(n for n in range(8) if math.isclose(round(step, n), step))
         return f"{tick:.{digits}f}"
 
@@ -76,7 +78,9 @@ class _Axis:
 def _scientific(value: float, digits: int) -> str:
     """``2e-9``, ``1.25e6``: at most so many digits after the point, none that are zero."""
     mantissa, exponent = f"{value:.{digits}e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.') if digits else mantissa}e{int(exponent)}"
+    if digits:
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _linear_ticks(low: float, high: float) -> tuple[float, ...]:

@@ -14,9 +14,12 @@ from fxpass.algebra.irreps import segments
 from fxpass.algebra.multilinear import Linear, LinearPath, TensorProduct, parse_tensor_product
 from fxpass.ir import ops
 from fxpass.ir.metadata import provenance, set_provenance
-from fxpass.ir.program import Program, attribute
-from fxpass.passes import Exactness, Outcome, Pass
-from fxpass.rewrite import Builder, Lit, Match, Op, Refused, Rule, Shared, Var, apply_rules, is_pure, refuse
+from fxpass.ir.program import Program
+from fxpass.passes import Exactness, Outcome, Pass, Refusal
+from fxpass.rewrite import Builder, Lit, Match, Op, Refused, Rule, Shared, Var, apply_rules, refuse
+from fxpass.rewrite.pattern import target_name
+
+from .constants import constant_value, constants, taking_over, weight_name
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.matmul.default)
@@ -55,11 +58,13 @@ class SpecializeSpecies(Pass):
     max_row_weights: int = 65536
 
     def apply(self, program: Program) -> Outcome:
-        done = apply_rules(program, _Species(program, self).rules(), made_by=self.name)
+        species = _Species(program, self)
+        done = apply_rules(program, species.rules(), made_by=self.name)
+        refusals = done.refusals + species.other_uses(program)
         facts = [f"one-hot {spec.name}" for spec in program.with_property("one_hot") if done.modified]
         new = tuple(fact for fact in facts if fact not in program.assumptions)
         program = replace(program, assumptions=program.assumptions + new)
-        return Outcome(program, done.modified, done.applications, done.refusals)
+        return Outcome(program, done.modified, done.applications, refusals)
 
 
 class _Species:
@@ -68,19 +73,19 @@ class _Species:
     def __init__(self, program: Program, options: SpecializeSpecies) -> None:
         self.program, self.options = program, options
         self.inputs = [program.placeholders[spec.name] for spec in program.with_property("one_hot")]
+        self.constants = constants(program.graph)
 
     def rules(self) -> tuple[Rule, ...]:
         hot, index, weight = Var("hot", Op(self.is_one_hot, ...)), Var("index"), Var("weight")
-        last = Lit("axis", lambda axis: axis in (1, -1))
-        parts = Shared(Op(self.is_cat_with_one_hot, Lit("parts"), last))
+        parts = Shared(Op(self.is_cat_with_one_hot, Lit("parts"), Lit("axis", is_last)))
         gathered = Shared(Op(ops.gather, hot, index))
+        part = Op(aten.slice.Tensor, parts, Lit("dim", is_last), Lit("start"), Lit("end"))
         return (
-            Rule("slice-of-cat", Op(aten.slice.Tensor, parts, last, Lit("start"), Lit("end")), is_part, take_part),
+            Rule("slice-of-cat", part, is_part, take_part),
             Rule("product-of-gather", Op((*PRODUCTS, ops.linear), gathered, ...), None, multiply_first),
             Rule("species-row", Op(PRODUCTS, hot, weight), None, self.row_of_weights),
             Rule("species-table", Op(self.has_table, ...), None, self.row_of_table),
             Rule("species-weights", Op(ops.tensor_product, ..., x2=hot), self.has_row_weights, self.linear_by_species),
-            Rule("species-lookup", Op(self.is_other_use, ...), no_lookup, self.row_of_table),
         )
 
     def is_one_hot(self, node: fx.Node) -> bool:
@@ -89,8 +94,15 @@ class _Species:
     def is_cat_with_one_hot(self, node: fx.Node) -> bool:
         return node.target is aten.cat.default and any(part in self.inputs for part in node.all_input_nodes)
 
-    def is_other_use(self, node: fx.Node) -> bool:
-        return node.target not in HARMLESS and any(map(self.is_one_hot, node.all_input_nodes)) and node.op != "output"
+    def other_uses(self, program: Program) -> tuple[Refusal, ...]:
+        """Every node that still multiplies or copies one-hot attributes, with a reason."""
+        found = []
+        for node in program.graph.nodes:
+            used = node.op == "call_function" and any(map(self.is_one_hot, node.all_input_nodes))
+            refused = node.target is ops.tensor_product and node.args[1] in self.inputs  # by its own rule
+            if used and not refused and node.target not in HARMLESS:
+                found.append(Refusal("species-lookup", _why_not(node), (node.name,), provenance(node).module))
+        return tuple(found)
 
     def species(self, one_hot: fx.Node) -> fx.Node:
         """``argmax(one_hot, 1)``, [atoms], right after the inputs."""
@@ -109,11 +121,15 @@ class _Species:
         if node in self.inputs:
             like = node.meta["val"]
             return torch.eye(like.shape[1], dtype=like.dtype, device=like.device), node
-        if node.target is ops.gather and node.args[1].target is aten.argmax.default:
-            rows, one_hot = constant_value(self.program, node.args[0]), node.args[1].args[0]
-            return (rows, one_hot) if rows is not None and one_hot in self.inputs else None
-        constant = constant_value(self.program, node)
-        return None if constant is None else (constant, None)
+        if self.is_constant(node):
+            return constant_value(self.program, node), None
+        if node.target is ops.gather and node.args[1].target is aten.argmax.default and self.is_constant(node.args[0]):
+            one_hot = node.args[1].args[0]
+            return (constant_value(self.program, node.args[0]), one_hot) if one_hot in self.inputs else None
+        return None
+
+    def is_constant(self, node: object) -> bool:
+        return isinstance(node, fx.Node) and (node.op == "get_attr" or node in self.constants)
 
     def table(self, node: fx.Node) -> tuple[Tensor, fx.Node] | None:
         """For an op on rows: its result for each species, and the one-hot input that alone decides."""
@@ -125,7 +141,7 @@ class _Species:
         if len(tensors) < len(values) or len(inputs) != 1:
             return None
         with torch.no_grad():
-            return node.target(*fx.map_arg(node.args, tensors.get)), inputs.pop()  # type: ignore[operator]
+            return node.target(*fx.map_arg(node.args, tensors.get)), inputs.pop()
 
     def has_table(self, node: fx.Node) -> bool:
         return self.table(node) is not None
@@ -133,7 +149,8 @@ class _Species:
     def row_of_table(self, match: Match, program: Program, builder: Builder) -> fx.Node:
         table = self.table(match.root)
         assert table is not None
-        rows = builder.constant(f"{weight_name(match.root)}_by_species", table[0])
+        name = weight_name(match.root, match.root.all_input_nodes[-1])
+        rows = builder.constant(f"{name}_by_species", table[0])
         return taking_over(builder.call(ops.gather, rows, self.species(table[1])), match)
 
     def row_of_weights(
@@ -146,7 +163,7 @@ class _Species:
         tp = parse_tensor_product(str(spec))
         if wrt not in SLOTS:
             return refuse(f"a tensor product with respect to its {wrt} is no linear map of a row", match.root)
-        if not tp.shared or constant_value(program, weight) is None:
+        if not tp.shared or not self.is_constant(weight):
             return refuse("the weights are not constants shared by all rows", match.root)
         if any((l, parity) != (0, 1) for _, _, l, parity in segments(tp.irreps2)):
             return refuse(f"the one-hot attributes are {tp.irreps2}, not even scalars", match.root)
@@ -155,15 +172,14 @@ class _Species:
             return refuse(f"its paths are {', '.join(sorted(modes)) or 'none'}, not uvw", match.root)
         needed, limit = sum(s["u"] * s["w"] for s in map(tp.sizes, tp.paths)), self.options.max_row_weights
         if needed > limit:
-            return refuse(f"it would look up {needed} weights for each row, more than max_row_weights={limit}", match.root)
+            return refuse(f"a look-up of {needed} weights for each row, more than max_row_weights={limit}", match.root)
         return None
 
     def linear_by_species(self, match: Match, program: Program, builder: Builder, *, hot: fx.Node) -> fx.Node:
         x1, _, weight, out, spec, wrt = match.root.args
-        value = constant_value(program, weight)
-        assert value is not None
-        linear, rows = row_weights(parse_tensor_product(str(spec)), value)
-        stored = builder.constant(f"{weight_name(match.root)}_by_species", rows)
+        assert isinstance(weight, fx.Node)
+        linear, rows = row_weights(parse_tensor_product(str(spec)), constant_value(program, weight))
+        stored = builder.constant(f"{weight_name(match.root, weight)}_by_species", rows)
         weights = builder.call(ops.gather, stored, self.species(hot))
         return taking_over(builder.call(ops.linear, x1, weights, out, str(linear), SLOTS[str(wrt)]), match)
 
@@ -197,13 +213,19 @@ def part_of(parts: Sequence[fx.Node], start: int | None, end: int | None) -> fx.
     return None
 
 
-def is_part(match: Match, program: Program, *, parts: Any, axis: int, start: Any, end: Any) -> Refused | None:
+def is_last(axis: int) -> bool:
+    return axis in (1, -1)
+
+
+def is_part(match: Match, program: Program, *, parts: Any, start: Any, end: Any, **axes: int) -> Refused | None:
     if part_of(parts, start, end) is None:
         return refuse("it is not exactly one of the tensors that were concatenated", *parts)
     return None
 
 
-def take_part(match: Match, program: Program, builder: Builder, *, parts: Any, axis: int, start: Any, end: Any) -> Any:
+def take_part(
+    match: Match, program: Program, builder: Builder, *, parts: Any, start: Any, end: Any, **axes: int
+) -> Any:
     return part_of(parts, start, end)
 
 
@@ -212,40 +234,9 @@ def multiply_first(match: Match, program: Program, builder: Builder, *, hot: fx.
     return taking_over(builder.call(ops.gather, builder.call(product, hot, *match.root.args[1:]), index), match)
 
 
-def no_lookup(match: Match, program: Program) -> Refused:
-    node = match.root
+def _why_not(node: fx.Node) -> str:
     if node.target is ops.linear:
-        return refuse("its weights are not constants shared by all rows", node)
+        return "its weights are not constants shared by all rows"
     if node.target is aten.cat.default:
-        return refuse("the attributes are concatenated with features and not sliced out again", node)
-    return refuse(f"{node.target} is not a product of the attributes with weights", node)
-
-
-def constant_value(program: Program, node: object) -> Tensor | None:
-    """Value of a node that depends on weights and literals only, else ``None``."""
-    if not isinstance(node, fx.Node):
-        return None
-    if node.op == "get_attr":
-        return attribute(program, node).detach()
-    if not isinstance(node.target, torch._ops.OpOverload) or not is_pure(node):
-        return None
-    values = {n: constant_value(program, n) for n in node.all_input_nodes}
-    if not values or any(value is None for value in values.values()):
-        return None
-    with torch.no_grad():
-        result = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))
-    return result if isinstance(result, Tensor) else None
-
-
-def weight_name(node: fx.Node) -> str:
-    """Flat name of the weight that an op reads, through views; the node's own name where there is none."""
-    weights = [n for n in node.all_input_nodes if n.op == "get_attr" or n.target is aten.view.default]
-    while weights and weights[-1].op != "get_attr":
-        weights = weights[-1].all_input_nodes
-    return str(weights[-1].target) if weights else node.name
-
-
-def taking_over(new: fx.Node, match: Match) -> fx.Node:
-    """``new`` with the fake value of the root that it replaces, for later rules to read."""
-    new.meta["val"] = match.root.meta.get("val")
-    return new
+        return "the attributes are concatenated with features and not sliced out again"
+    return f"{target_name(node.target)} is not a product of the attributes with weights"
