@@ -83,10 +83,11 @@ def fake_inputs(
         return tuple(torch.empty([extent(d) for d in dims], dtype=dtype) for _, dims, dtype in specs)
 
 
-def trace(function: Callable[..., Any], inputs: Sequence[FakeTensor]) -> fx.GraphModule:
+def trace(function: Callable[..., Any], inputs: Sequence[FakeTensor], *, stacks: bool) -> fx.GraphModule:
     """Trace ``function`` on fake inputs to an ATen graph with symbolic sizes.
 
-    Node metadata set by ``torch.fx.traceback.annotate`` survives in ``node.meta["custom"]``.  Einsum is
+    With ``stacks`` every node records the Python stack of its call, at twice the cost.  Metadata set by
+    ``torch.fx.traceback.annotate`` survives in ``node.meta["custom"]``.  Einsum is
     kept from picking a contraction order by the traced sizes, and gradient mode, flags and modes are
     left as they were.
     """
@@ -100,7 +101,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[FakeTensor]) -> fx.Grap
             function,
             decomposition_table={torch.ops.aten.silu_backward.default: _silu_backward},
             tracing_mode="real",
-            record_stack_traces=True,
+            record_stack_traces=stacks,
             _allow_non_fake_inputs=True,
         )(*inputs)
 

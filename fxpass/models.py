@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -269,6 +270,13 @@ def collate(
 # Files: weights and settings as plain arrays, nothing that could run.
 
 
+# What numpy, zlib, json, e3nn and torch raise on a file that was truncated or altered.
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError, zipfile.BadZipFile, zlib.error),
+)
+
+
 def small_potential(dtype: torch.dtype = torch.float32) -> SmallPotential:
     """The trained potential for Cu, Ag and Au that fxpass ships; always the same weights, in any dtype."""
     return load(WEIGHTS, dtype)
@@ -291,22 +299,26 @@ def save(model: SmallPotential, path: str | Path) -> None:
         raise UsageError(f"{path} cannot be written: {error.strerror}", hint="a folder that exists") from error
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32) -> SmallPotential:
-    """Read a potential that ``save`` wrote.  Nothing in the file is executed.
+def load(path: str | Path, dtype: torch.dtype | None = None) -> SmallPotential:
+    """Read a potential that ``save`` wrote, in the dtype it had unless told otherwise.  Runs nothing in the file.
 
     Raises:
         UsageError: there is no such file, or it cannot be opened.
         UnsupportedModelError: the file is damaged or something else.
     """
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        with open(path, "rb") as file:
+            if damaged := zipfile.ZipFile(file).testzip():  # numpy parses headers before it compares checksums
+                raise ValueError(f"{damaged} was altered")
+            file.seek(0)
+            archive = np.load(file, allow_pickle=False)
             arrays = {name: archive[name] for name in archive.files}
         if str(arrays.pop("format")) != FORMAT:
             raise ValueError(f"it is not of the format {FORMAT!r}")
         stored: dict[str, Any] = json.loads(str(arrays.pop("settings")))
         for name in ("numbers", "atomic_energies"):  # JSON knows no tuples
             stored[name] = tuple(stored[name])
-        model = build(Settings(**stored), dtype)
+        model = build(Settings(**stored), dtype or torch.from_numpy(arrays["readout.weight"]).dtype)
         weights = dict(model.named_parameters())
         if arrays.keys() != weights.keys():
             raise ValueError(f"its weights do not fit: {', '.join(sorted(arrays.keys() ^ weights.keys()))}")
@@ -315,7 +327,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> SmallPotential
                 weight.copy_(torch.from_numpy(arrays[name]))
     except OSError as error:
         raise UsageError(f"{path} cannot be opened: {error.strerror}", hint="the path of a model file") from error
-    except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise UnsupportedModelError(
             f"{path} does not hold a small potential: {' '.join(str(error).split())}",
             hint="a file written by fxpass.models.save",

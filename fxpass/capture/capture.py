@@ -64,17 +64,25 @@ def capture(
     """
     constants = dict([*model.named_parameters(), *model.named_buffers()])
 
-    def run(sizes: Mapping[str, int]) -> tuple[Program, tuple[str, ...]]:
+    def run(sizes: Mapping[str, int], stacks: bool) -> tuple[Program, tuple[str, ...]]:
         with module_provenance(model):
             try:
                 return trace_program(
-                    function, inputs, outputs, constants, stage="energy", energy=energy, sizes=sizes, mutates=True
+                    function,
+                    inputs,
+                    outputs,
+                    constants,
+                    stage="energy",
+                    energy=energy,
+                    sizes=sizes,
+                    mutates=True,
+                    stacks=stacks,
                 )
             except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
                 raise _trace_failure(error) from error
 
-    program, frozen = run(SIZES)
-    other, _ = run(OTHER_SIZES)
+    program, frozen = run(SIZES, stacks=True)
+    other, _ = run(OTHER_SIZES, stacks=False)
     _same_at_both_sizes(program, other)
     if frozen:
         raise CaptureError(

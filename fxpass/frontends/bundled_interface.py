@@ -46,8 +46,7 @@ class BundledInterface(nn.Module):
 
     def _evaluate(self, data: dict[str, Tensor], compute_forces: bool, compute_stress: bool) -> dict[str, Tensor]:
         positions, index, batch, cell = data["positions"], data["edge_index"], data["batch"], data["cell"]
-        known = self.atomic_numbers
-        species = one_hot_species(data["numbers"], known, positions.dtype)  # type: ignore[arg-type]
+        species = one_hot_species(data["numbers"], self.atomic_numbers, positions.dtype)  # type: ignore[arg-type]
         vectors = edge_vectors(positions, index, data["shifts"])
         if not (compute_forces or compute_stress):
             energies: list[Tensor] = self.energy_program(vectors, index, species, batch, cell)

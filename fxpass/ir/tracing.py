@@ -37,6 +37,7 @@ def trace_program(
     sizes: Mapping[str, int] = SIZES,
     differentiable: str | None = None,
     mutates: bool = False,
+    stacks: bool = False,
 ) -> tuple[Program, tuple[str, ...]]:
     """Trace ``function(*inputs) -> outputs`` with symbolic sizes.
 
@@ -46,6 +47,7 @@ def trace_program(
         sizes: hints for the named sizes.
         differentiable: name of the input that ``function`` differentiates by.
         mutates: ``function`` may change tensors in place; the trace is made functional.
+        stacks: record the Python stack of every call, for ``record_sources``.
 
     Returns:
         the program, and the conditions under which the trace froze a size (empty when it is dynamic).
@@ -54,7 +56,9 @@ def trace_program(
     for spec, fake in zip(inputs, fakes, strict=True):
         fake.requires_grad_(spec.name == differentiable)
     body: Callable[..., Any] = lambda *args: tuple(function(*args))  # noqa: E731
-    traced = trace(torch.func.functionalize(body, remove="mutations") if mutates else body, fakes)
+    if mutates:
+        body = torch.func.functionalize(body, remove="mutations")
+    traced = trace(body, fakes, stacks=stacks)
     functional(traced.graph)
     names = {id(t): name.replace(".", "_") for name, t in reversed(list(constants.items()))}
     module = _adopt(traced, names)

@@ -54,7 +54,7 @@ class DeadIrreps(Pass):
         applications = []
         for node, paths in reversed(live.pruned.items()):
             spec = parse(node)
-            node.update_arg(len(node.args) - 2, str(spec.keep(paths)))  # type: ignore[arg-type]
+            node.update_arg(len(node.args) - 2, str(spec.keep(paths)))
             gone = len(spec.paths) - len(paths)
             applications.append(Application("dead-paths", node.name, provenance(node).module, removed=gone))
         return Outcome(program, bool(applications), tuple(applications), tuple(live.refusals))
@@ -113,7 +113,7 @@ class _Liveness:
 
     def rows(self, node: fx.Node, mask: Mask) -> bool:
         """A gather, or a sum of rows by index."""
-        self.need(node.args[0], mask.any(axis=0, keepdims=True))
+        self.need(node.args[0], _any(mask, 0))
         self.need(node.args[1], True)
         return True
 
@@ -121,7 +121,7 @@ class _Liveness:
         """A matrix product: a live column needs that column of the second factor, and all of the first."""
         *_, a, b = node.args
         self.need(a, True)
-        self.need(b, mask.any(axis=-2, keepdims=True))
+        self.need(b, _any(mask, -2))
         for bias in node.args[:-2]:
             self.need(bias, True)
         return True
@@ -176,11 +176,12 @@ class _Liveness:
         asked = set(np.flatnonzero(mask.any(axis=(0, 1)))) if wrt == "direction" else set(range(poly.variables))
         read = {i for m in poly.monomials if not asked.isdisjoint(m) for i in m}
         variables = np.isin(np.arange(poly.variables), list(read))
-        channels = mask.any(axis=1 if wrt == "weight" else 2)  # [1, channels]
+        # [1, channels, 1], where the result with respect to weights is [rows, paths, channels]
+        channels = _any(mask, 1).swapaxes(1, 2) if wrt == "weight" else _any(mask, 2)
         for operand in (x, *directions):  # type: ignore[misc]
-            self.need(operand, channels[:, :, None] & variables)
-        self.need(weight, channels[:, None, :])
-        self.need(out, channels[:, :, None])
+            self.need(operand, channels & variables)
+        self.need(weight, channels.swapaxes(1, 2))
+        self.need(out, channels)
         self.need(coefficients, True)
         return True
 
@@ -218,8 +219,12 @@ def _columns(spec: TensorProduct | Linear, path: Any) -> dict[str, slice]:
 
 def _unbroadcast(mask: Mask, shape: tuple[int, ...]) -> Mask:
     """What a live part of a broadcast result needs of an operand of ``shape``."""
-    mask = mask.any(axis=tuple(range(mask.ndim - len(shape))))
-    return mask.any(axis=tuple(d for d, size in enumerate(shape) if size == 1), keepdims=True)
+    mask = _any(mask, *range(mask.ndim - len(shape))).reshape(mask.shape[mask.ndim - len(shape) :])
+    return _any(mask, *(d for d, size in enumerate(shape) if size == 1))
+
+
+def _any(mask: Mask, *axes: int) -> Mask:
+    return np.asarray(mask.any(axis=axes, keepdims=True))
 
 
 def _keeps_rows(node: fx.Node) -> bool:

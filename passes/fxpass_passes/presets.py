@@ -2,7 +2,7 @@
 
 #: folds that move nothing but rounding; what the bars of the `exact` preset are measured on
 EXACT = (
-    "fold-constants,common-subexpressions,dead-code,"
+    "fold-constants,specialize-species,specialize-heads,dead-irreps,common-subexpressions,dead-code,"
     "differentiate,fold-constants,common-subexpressions,dead-code"
 )
 
