@@ -106,6 +106,7 @@ def optimize(
     structures = tuple(_structures(example))
     model, frontend = open_model(model)
     facts = frontend.attributes(model)
+    reference, caveats = frontend.reference(model)
     for structure in structures:
         structure.check(facts["numbers"])
     folder = None if dump is None else _new_folder(Path(dump))
@@ -129,12 +130,12 @@ def optimize(
         target=target,
         versions=_versions(),
         records=(*result.records, *legal.records),
-        warnings=() if verify else ("verification was turned off: nothing was compared with the original",),
+        warnings=(*caveats, *(() if verify else ("verification was turned off: nothing was compared with the original",))),
     )
     receipt = None
     if verify:
         with clock.stage("verify"):
-            judged = _Verification(model, frontend, facts, _exactness(chosen), allowed)
+            judged = _Verification(reference, frontend, facts, _exactness(chosen), allowed)
             probes = (*judged.probes(), *structures)
             receipt = judged.receipt(interface, legal.program, probes)
             if not receipt.passed:
@@ -210,6 +211,7 @@ def verify(
     own = getattr(torch, optimized.facts["dtype"])
     if dtype_of(model) != own:
         model = copy.deepcopy(model).to(own)
+    model, _ = frontend.reference(model)
     chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
     allowed = None if budget is None else parse_budget(budget)
     judged = _Verification(model, frontend, facts, _exactness(chosen), allowed)

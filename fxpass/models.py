@@ -58,7 +58,7 @@ class Settings:
 
 
 class BesselBasis(nn.Module):
-    """Radial functions sqrt(2/c) sin(n pi r/c) / r that go to zero at the cutoff with two derivatives.
+    """Radial functions sqrt(2/c) sin(n pi r/c) / r whose first three derivatives vanish at the cutoff.
 
     Gasteiger et al., ICLR 2020 (DimeNet), Eq. 7 and 8 with p = 6.
     """
@@ -328,8 +328,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> SmallPotential:
     except OSError as error:
         raise UsageError(f"{path} cannot be opened: {error.strerror}", hint="the path of a model file") from error
     except _DAMAGE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UnsupportedModelError(
-            f"{path} does not hold a small potential: {' '.join(str(error).split())}",
+            f"{path} does not hold a small potential: {reason}",
             hint="a file written by fxpass.models.save",
         ) from error
     return model

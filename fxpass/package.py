@@ -97,26 +97,39 @@ def is_package(path: Path) -> bool:
 
 
 def load(path: Path) -> Optimized:
-    """The model that :func:`save` wrote.
+    """The model that :func:`save` wrote; a TorchScript file runs the code that it holds.
 
     Raises:
         PackageError: not a saved model, truncated, altered, or of a newer format.
     """
     from .api import assemble
 
+    program, facts, report = read(path)
+    scripted = None
+    if report.target == "torchscript":
+        try:
+            scripted = torch.jit.load(str(path), map_location="cpu")
+        except RuntimeError as error:
+            raise PackageError(f"{path} is damaged: {str(error).splitlines()[0]}", hint="save the model again") from error
+    return assemble(program, facts, report, scripted)
+
+
+def read(path: Path) -> tuple[Program, dict[str, Any], Report]:
+    """What a file that :func:`save` wrote says: the program, its facts and the report.  Nothing in it is run.
+
+    Raises:
+        PackageError: not a saved model, truncated, altered, or of a newer format.
+    """
     if not path.is_file():
         raise PackageError(f"there is no file {path}", hint="check the path")
-    scripted = None
     try:
         data = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             inside = [name for name in archive.namelist() if name.endswith(f"/extra/{INSIDE_SCRIPT}")]
             if inside:
                 data = archive.read(inside[0])
-        if inside:
-            scripted = torch.jit.load(str(path), map_location="cpu")
         program, facts = _unpack(data)
-        report = Report.from_json(facts["report"], read_receipt=Receipt.from_json)
+        return program, facts, Report.from_json(facts["report"], read_receipt=Receipt.from_json)
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
         raise PackageError(
             f"{path} is not a saved fxpass model, or it is truncated ({str(error).splitlines()[0]})",
@@ -126,7 +139,6 @@ def load(path: Path) -> Optimized:
         raise PackageError(
             f"{path} is damaged: {type(error).__name__}: {error}", hint="save the model again"
         ) from error
-    return assemble(program, facts, report, scripted)
 
 
 def _pack(model: Optimized) -> bytes:

@@ -34,11 +34,11 @@ UNINITIALISED = (
 
 def prepare(model: nn.Module, rules: Mapping[str, Rule] = RULES) -> nn.Module:
     """A frozen copy of ``model`` in which known leaf modules call semantic ops."""
-    replica = copy.deepcopy(model)
+    replica = install(copy.deepcopy(model), rules)
     replica.eval()
     for parameter in replica.parameters():
         parameter.requires_grad_(False)
-    return install(replica, rules)
+    return replica
 
 
 def capture(
@@ -93,6 +93,7 @@ def capture(
     raise_gathers_and_scatters(program.graph)
     program.graph_module.recompile()
     _check_complete(program)
+    depends_on_positions(program)
     return replace(program, outputs=_checked_outputs(program))
 
 
@@ -188,18 +189,44 @@ def _checked_outputs(program: Program) -> tuple[TensorSpec, ...]:
     return tuple(checked(s, n) for s, n in zip(program.outputs, program.results.values(), strict=True))
 
 
-def depends_on_positions(program: Program, example: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
-    """Proof by running: two inputs that differ in edge vectors only must give different energies.
+def depends_on_positions(program: Program) -> None:
+    """Proof by running: two inputs that differ in edge vectors only must give different, finite energies.
+
+    Reachability alone does not show it: ``torch.ones_like(edge_vectors)`` is reached and constant.
 
     Raises:
-        CaptureError: the energy is the same.
+        CaptureError: the energy is the same, or not a number.
     """
     index = [s.name for s in program.outputs].index(program.energy)
     with torch.no_grad():
-        before = program.graph_module(*example)[index]
-        after = program.graph_module(*moved)[index]
+        before, after = (program.graph_module(*_example(program, seed))[index] for seed in (0, 1))
+    if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
+        raise CaptureError("the captured energy of three atoms is not a number", hint="check the model's weights")
     if torch.equal(before, after):
         raise CaptureError(
-            "the captured energy does not change when atoms move",
-            hint="check that forward uses the positions it is given; a constant was traced in their place",
+            f"the energy does not depend on {', '.join(s.name for s in program.with_property('edge_vector'))}: "
+            "it stays the same when atoms move",
+            hint="check that forward uses the positions it is given, without detach; a constant was traced in their place",
         )
+
+
+def _example(program: Program, seed: int) -> list[Tensor]:
+    """Three atoms with two edges each, about 1 Angstrom long; ``seed`` moves the edge vectors alone."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"atoms": 3, "edges": 6, "graphs": 1}
+
+    def make(spec: TensorSpec) -> Tensor:
+        bases = [(str(d).partition("+")) for d in spec.dims]
+        shape = [int(b) if b.isdigit() else sizes[b] + int(add or 0) for b, _, add in bases]
+        if "edge_vector" in spec.properties:
+            vectors = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return (vectors / vectors.norm(dim=1, keepdim=True) * (1 + 0.1 * seed)).to(spec.dtype)
+        if "one_hot" in spec.properties:
+            return torch.eye(shape[1], dtype=spec.dtype)[torch.arange(shape[0]) % shape[1]]
+        if spec.dtype == torch.int64:
+            limits = [p.partition(":")[2] for p in spec.properties if p.startswith(("index:", "below:"))]
+            limit = sizes.get(limits[0], 0) or int(limits[0]) if limits else 1
+            return torch.arange(int(torch.Size(shape).numel())).reshape(shape) % limit
+        return torch.ones(shape, dtype=spec.dtype)
+
+    return [make(spec) for spec in program.inputs]

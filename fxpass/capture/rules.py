@@ -238,6 +238,23 @@ def _joined(parts: list[Tensor], x: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+class ChebyshevStandIn(nn.Module):
+    """MACE's ``ChebychevBasis`` by its recurrence T_n+1 = 2 x T_n - T_n-1, which has a derivative.
+
+    ``torch.special.chebyshev_polynomial_t`` has none: autograd takes its result for a constant.
+    """
+
+    def __init__(self, basis: nn.Module, path: str) -> None:
+        super().__init__()
+        self.count = int(basis.num_basis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [torch.ones_like(x), x]
+        while len(values) <= self.count:
+            values.append(2 * x * values[-1] - values[-2])
+        return torch.cat(values[1 : self.count + 1], dim=-1)
+
+
 #: qualified class name -> rule; a subclass without a rule of its own takes its base's
 RULES: Mapping[str, Rule] = {
     "e3nn.o3._tensor_product._tensor_product.TensorProduct": TensorProductStandIn,
@@ -245,6 +262,7 @@ RULES: Mapping[str, Rule] = {
     "e3nn.o3._spherical_harmonics.SphericalHarmonics": SphericalHarmonicsStandIn,
     "e3nn.nn._extract.Extract": ExtractStandIn,
     "mace.modules.symmetric_contraction.SymmetricContraction": SymmetricContractionStandIn,
+    "mace.modules.radial.ChebychevBasis": ChebyshevStandIn,
 }
 
 

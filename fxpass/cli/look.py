@@ -17,7 +17,8 @@ from ..ir.diff import GraphDiff
 from ..ir.diff import diff as compare
 from ..ir.program import Program
 from ..ir.snapshot import Snapshot, snapshot
-from ..package import check_new, is_package, write_new
+from ..ir.verifier import verify
+from ..package import check_new, is_package, read, write_new
 from ..passes import Pass
 from ..pipeline import format_pass, format_passes, resolve
 from ..registry import default_registry, did_you_mean
@@ -79,10 +80,11 @@ def inspect(arguments: argparse.Namespace) -> Answer:
     word, given = arguments.model, _sizes(arguments.at)
     shown: list[RenderableType] = []
     if is_package(Path(word)):
-        result = api.load(word)
-        program, family, facts = result.program, result.frontend.name, result.facts
-        data = {"model": word, "kind": "result", "report": result.report.to_json()}
-        shown.append(report_view(result.report))
+        program, about, report = read(Path(word))
+        verify(program)  # derives the shapes and irreps, which files do not hold
+        family, facts = about["family"], about["facts"]
+        data = {"model": word, "kind": "result", "report": report.to_json()}
+        shown.append(report_view(report))
     else:
         with options.progress(stages=1) as bar:
             bar.stage("capture")

@@ -89,7 +89,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace | None:
         return None
     if unknown or name is None:
         chosen = parser if name is None else known[name]
-        options = re.findall(r"--[a-z-]+", chosen.format_usage())
+        options = re.findall(r"--[a-z-]+", chosen.format_help().partition("\nexamples:")[0])
         word = unknown[0] if unknown else words[0]
         kind = "option" if word.startswith("-") else "argument"
         raise UsageError(f"there is no {kind} {word!r}{did_you_mean(word, options)}", hint=f"{chosen.prog} --help")

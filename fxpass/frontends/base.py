@@ -60,6 +60,14 @@ class Frontend(Protocol):
         """
 
     @abstractmethod
+    def reference(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        """What a result is compared with: a copy of ``model``, and what the user must be told about it.
+
+        It is the model itself unless the model's own forces are not the gradient of its energy; then it is
+        the model with the cause mended, and the second value says so.
+        """
+
+    @abstractmethod
     def capture(self, model: nn.Module) -> Program:
         """The energy program of ``model``, in the model's dtype."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ class BundledFrontend:
                 where=Location(module_path="(model)", source=f"{cls.__module__}.{cls.__qualname__}"),
                 hint="register a frontend for it (entry point group fxpass.frontends)",
             )
+
+    def reference(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        return copy.deepcopy(model), ()
 
     def capture(self, model: Any) -> Program:
         dtype, species = dtype_of(model), len(model.atomic_numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from types import FunctionType
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .._torch_compat import load_pickle, pickle_names
 from ..capture.capture import capture, prepare
+from ..capture.rules import ChebyshevStandIn
 from ..errors import Location, MissingExtraError, StructureError, UnsupportedModelError
 from ..ir.program import Program, TensorSpec
 from ..structures import Evaluation, Structure, neighbour_list
@@ -38,6 +40,12 @@ READOUTS = (
     "NonLinearReadoutBlock",
     "NonLinearBiasReadoutBlock",
     "GeneralNonLinearBiasReadoutBlock",
+)
+
+
+CHEBYSHEV = (
+    "the original's forces are not the gradient of its energy: torch has no derivative for the Chebyshev basis and "
+    "takes it for a constant; the optimised model returns the same energy with its true forces"
 )
 
 
@@ -90,6 +98,14 @@ class MaceFrontend:
         basis = model.radial_embedding.bessel_fn
         if type(basis).__name__ not in ("BesselBasis", "GaussianBasis", "ChebychevBasis"):
             raise _refused(f"the radial basis {type(basis).__name__} is not covered", "radial_embedding.bessel_fn", basis, "")
+
+    def reference(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        replica = copy.deepcopy(model)
+        basis = replica.radial_embedding.bessel_fn
+        if type(basis).__name__ != "ChebychevBasis":
+            return replica, ()
+        replica.radial_embedding.bessel_fn = ChebyshevStandIn(basis, "radial_embedding.bessel_fn")
+        return replica, (CHEBYSHEV,)
 
     def capture(self, model: nn.Module) -> Program:
         names, energy = MODELS[type(model).__name__]

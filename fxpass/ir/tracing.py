@@ -60,6 +60,8 @@ def trace_program(
         body = torch.func.functionalize(body, remove="mutations")
     traced = trace(body, fakes, stacks=stacks)
     functional(traced.graph)
+    if not stacks:
+        _inherit_provenance(traced.graph)
     names = {id(t): name.replace(".", "_") for name, t in reversed(list(constants.items()))}
     module = _adopt(traced, names)
     for node, spec in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
@@ -94,6 +96,15 @@ def _adopt(traced: fx.GraphModule, names: Mapping[int, str]) -> fx.GraphModule:
     module = fx.GraphModule(root, traced.graph, class_name="Program")
     module.graph.eliminate_dead_code()
     return module
+
+
+def _inherit_provenance(graph: fx.Graph) -> None:
+    """Nodes that a replay made outside every node's scope (sums of gradients) belong where their input does."""
+    for node in graph.nodes:
+        if node.op == "call_function" and provenance(node) == Provenance():
+            known = [n for n in node.all_input_nodes if provenance(n) != Provenance()]
+            if known:
+                node.meta["custom"] = {**(node.meta.get("custom") or {}), **(known[0].meta.get("custom") or {})}
 
 
 def functional(graph: fx.Graph) -> None:
