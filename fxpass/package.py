@@ -24,8 +24,8 @@ from torch import fx, nn
 from .errors import PackageError, UsageError
 from .ir.program import Program, TensorSpec
 from .ir.verifier import ARITHMETIC
-from .verify.receipt import Receipt
 from .report import Report
+from .verify.receipt import Receipt
 
 if TYPE_CHECKING:
     from .optimized import Optimized
@@ -51,7 +51,8 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}", hint="a folder that exists and is writable") from error
+        what = f"{path} cannot be written: {error.strerror}"
+        raise UsageError(what, hint="a folder that exists and is writable") from error
 
 
 def write_new(path: Path, write: Callable[[IO[bytes]], None], *, overwrite: bool) -> None:
@@ -110,7 +111,8 @@ def load(path: Path) -> Optimized:
         try:
             scripted = torch.jit.load(str(path), map_location="cpu")
         except RuntimeError as error:
-            raise PackageError(f"{path} is damaged: {str(error).splitlines()[0]}", hint="save the model again") from error
+            what = f"{path} is damaged: {str(error).splitlines()[0]}"
+            raise PackageError(what, hint="save the model again") from error
     return assemble(program, facts, report, scripted)
 
 
