@@ -127,7 +127,7 @@ def main() -> None:
     model = build(settings, seed=options.seed)
     train(model, batches, options.epochs, rng)
 
-    energy, forces = errors(model, reference_batch(rng, 40), training=False)
+    energy, forces = errors(model, reference_batch(rng, 5 * options.batch_size), training=False)
     print(f"on new structures: {1000 * energy.square().mean().sqrt():.1f} meV/atom, ", end="")
     print(f"{1000 * forces.square().mean().sqrt():.0f} meV/A (root mean square)")
     save(model, options.output)

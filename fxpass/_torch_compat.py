@@ -7,11 +7,10 @@ moves one of them fails there and nowhere else.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sympy
@@ -27,10 +26,12 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
+#: the type of ``torch.ops.aten.add.Tensor`` and its like
+OpOverload = torch._ops.OpOverload
+
 TESTED_TORCH = ("2.13.0",)
 TESTED_E3NN = ("0.4.4", "0.6")
 
-__all__ = ["FakeTensor", "fake_inputs", "fake_mode_of", "is_fake", "o3", "retrace", "size_expr", "unused_modes"]
 
 
 @cache
@@ -80,7 +81,8 @@ def fake_inputs(
         return symbols[base] + int(add or 0)
 
     with mode:
-        return tuple(torch.empty([extent(d) for d in dims], dtype=dtype) for _, dims, dtype in specs)
+        shaped = (torch.empty([extent(d) for d in dims], dtype=dtype) for _, dims, dtype in specs)
+        return tuple(cast(FakeTensor, value) for value in shaped)
 
 
 def trace(function: Callable[..., Any], inputs: Sequence[FakeTensor], *, stacks: bool) -> fx.GraphModule:
@@ -120,9 +122,14 @@ def frozen_sizes(inputs: Sequence[FakeTensor]) -> tuple[str, ...]:
     return tuple(ties + [str(g.expr) for g in env.guards if isinstance(g.expr, sympy.Eq)])
 
 
-def fake_mode_of(value: FakeTensor) -> FakeTensorMode:
-    """The mode a fake tensor belongs to."""
-    return value.fake_mode
+def size_expr(size: int | torch.SymInt) -> sympy.Expr:
+    """A size as a sympy expression in the symbols of its trace."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def mark_dynamic(value: torch.Tensor, axis: int) -> None:
+    """Tell torch.compile that this size changes from call to call."""
+    torch._dynamo.mark_dynamic(value, axis)
 
 
 def load_pickle(path: str) -> Any:

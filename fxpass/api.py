@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,14 +28,11 @@ from .report import PassRecord, Report
 from .runner import Observer, RunResult, run
 from .structures import Evaluator, Structure, probe_structures, read_structures
 from .targets.base import Target
-from .targets.eager import EagerTarget
 from .verify.receipt import Receipt, make_receipt
 from .verify.tolerances import parse_budget
 
-if TYPE_CHECKING:
-    from ase import Atoms
-
-Example = "Structure | Atoms | str | Path | Iterable[Structure | Atoms]"
+#: a :class:`Structure`, ASE atoms, the path of a file with structures, or a list of these
+Example = Any
 Passes = str | Pass | Iterable[str | Pass]
 Progress = Callable[[str], None]
 
@@ -135,7 +132,7 @@ def optimize(
     receipt = None
     if verify:
         with clock.stage("verify"):
-            judged = _Verification(reference, frontend, facts, _exactness(chosen), allowed)
+            judged = _Verification(reference, frontend, facts, _exactness(chosen), allowed, registry.target("eager")())
             probes = (*judged.probes(), *structures)
             receipt = judged.receipt(interface, legal.program, probes)
             if not receipt.passed:
@@ -150,7 +147,7 @@ def optimize(
         other = copy.deepcopy(model).to(dtype)
         return optimize(other, chosen, example=structures, target=target, budget=budget, verify=verify)
 
-    return Optimized(interface, result.program, report, frontend, facts, rebuild)
+    return Optimized(interface, result.program, report, frontend, backend, facts, rebuild)
 
 
 def load(path: str | Path) -> Optimized:
@@ -159,7 +156,7 @@ def load(path: str | Path) -> Optimized:
     Raises:
         PackageError: not a saved model, truncated, altered, or of a newer format.
     """
-    return package.load(Path(path))
+    return assemble(package.load(Path(path)))
 
 
 def capture(model: nn.Module | str | Path) -> Program:
@@ -214,10 +211,10 @@ def verify(
     model, _ = frontend.reference(model)
     chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
     allowed = None if budget is None else parse_budget(budget)
-    judged = _Verification(model, frontend, facts, _exactness(chosen), allowed)
+    judged = _Verification(model, frontend, facts, _exactness(chosen), allowed, registry.target("eager")())
     structures = [*(judged.probes() if probes else ()), *_structures(example)]
     with torch.inference_mode(False), torch.enable_grad():
-        legal = _legal(optimized.program, EagerTarget(), registry).program
+        legal = _legal(optimized.program, registry.target("eager")(), registry).program
         return judged.receipt(optimized.interface, legal, structures)
 
 
@@ -273,20 +270,18 @@ def _load(reader: Frontend, path: Path) -> nn.Module:
 # --- the parts
 
 
-def assemble(
-    program: Program, facts: Mapping[str, Any], report: Report, scripted: nn.Module | None = None
-) -> Optimized:
-    """The drop-in of a program that was loaded from a file; ``scripted`` is its interface where the file held one."""
+def assemble(saved: package.Saved) -> Optimized:
+    """The drop-in of what was loaded from a file."""
     registry = default_registry()
-    frontend = registry.frontend(facts["family"])()
-    backend = registry.target(facts["target"])()
-    if scripted is not None:
-        return Optimized(scripted, program, report, frontend, facts["facts"], None)
+    frontend = registry.frontend(saved.family)()
+    backend = registry.target(saved.report.target)()
     with torch.inference_mode(False), torch.enable_grad():
-        verify_program(program)
-        legal = _legal(program, backend, registry).program
-        interface = _lower(legal, backend, frontend, facts["facts"])
-    return Optimized(interface, program, report, frontend, facts["facts"], None)
+        verify_program(saved.program)
+        interface = saved.script
+        if interface is None:
+            legal = _legal(saved.program, backend, registry).program
+            interface = _lower(legal, backend, frontend, saved.facts)
+    return Optimized(interface, saved.program, saved.report, frontend, backend, saved.facts, None)
 
 
 def _legal(program: Program, target: Target, registry: Registry) -> RunResult:
@@ -365,6 +360,7 @@ class _Verification:
     facts: Mapping[str, Any]
     exactness: Exactness
     budget: float | None
+    eager: Target
 
     def probes(self) -> tuple[Structure, ...]:
         """The frontend's probe structures, and one of them for every further head."""
@@ -382,7 +378,7 @@ class _Verification:
         twin = None
         if single:
             facts = {**self.facts, "dtype": "float64"}
-            twin = self.evaluator(_lower(legal.cast(torch.float64), EagerTarget(), self.frontend, facts))
+            twin = self.evaluator(_lower(legal.cast(torch.float64), self.eager, self.frontend, facts))
         return make_receipt(
             reference,
             self.evaluator(interface),
@@ -404,8 +400,8 @@ class _Verification:
         def is_good(program: Program) -> bool:
             if program.stage == "energy":
                 program = run(program, resolve("differentiate", registry), check=verify_program).program
-            legal = _legal(program, EagerTarget(), registry).program
-            interface = _lower(legal, EagerTarget(), self.frontend, self.facts)
+            legal = _legal(program, self.eager, registry).program
+            interface = _lower(legal, self.eager, self.frontend, self.facts)
             return self.receipt(interface, legal, suspects).passed
 
         if not is_good(captured):

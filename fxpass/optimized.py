@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from . import package
 from .errors import UsageError
 from .ir.program import Program
 from .report import Report
+from .targets.ase import calculator
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
     from .frontends.base import Frontend
+    from .targets.base import Target
 
 Rebuild = Callable[[torch.dtype, torch.device], "Optimized"]
 
@@ -29,6 +32,7 @@ class Optimized(nn.Module):
         report: what every pass did, timings, and the receipt.
         interface: the family's own ``forward`` over the lowered programs.
         frontend: the family.
+        target: what the program was lowered to.
         facts: what the family's drop-in knows of the model (species, cutoff in Angstrom, heads, ...).
 
     Other attributes are the interface's, so code that reads ``model.r_max`` goes on working.
@@ -40,6 +44,7 @@ class Optimized(nn.Module):
         program: Program,
         report: Report,
         frontend: Frontend,
+        target: Target,
         facts: dict[str, Any],
         rebuild: Rebuild | None,
     ) -> None:
@@ -48,6 +53,7 @@ class Optimized(nn.Module):
         self.program = program
         self.report = report
         self.frontend = frontend
+        self.target = target
         self.facts = facts
         self.rebuild = rebuild
         self.forward = interface.forward  # the original's signature, for people and for inspect
@@ -64,15 +70,16 @@ class Optimized(nn.Module):
         """The optimised graph with its semantic ops, to look at and to run (canonical inputs, see ``program``)."""
         return self.program.graph_module
 
-    def calculator(self, **options: Any) -> Calculator:
+    def calculator(self, *, head: str | None = None) -> Calculator:
         """An ASE calculator with energy, free_energy, forces and, for periodic cells, stress.
+
+        Args:
+            head: the head to evaluate, of a multi-head model.
 
         Raises:
             MissingExtraError: ASE is not installed.
         """
-        from .targets.ase import calculator
-
-        return calculator(self, **options)
+        return calculator(lambda structure: self.frontend.evaluate(self, structure), head=head)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the model to ``path``: a data-only package, or a TorchScript file for that target.
@@ -80,9 +87,9 @@ class Optimized(nn.Module):
         Raises:
             UsageError: the file exists (and ``overwrite`` is not given) or cannot be written.
         """
-        from .package import save
-
-        save(self, Path(path), overwrite=overwrite)
+        script = self.target.portable(self.interface)
+        saved = package.Saved(self.program, self.frontend.name, self.facts, self.report, script)
+        package.save(saved, Path(path), overwrite=overwrite)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Optimized:
         """Moves and casts: another dtype or device is another program, so it is built again, not converted."""

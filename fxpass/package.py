@@ -14,21 +14,20 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import fx, nn
 
+from ._torch_compat import OpOverload
 from .errors import PackageError, UsageError
 from .ir.program import Program, TensorSpec
 from .ir.verifier import ARITHMETIC
 from .report import Report
 from .verify.receipt import Receipt
-
-if TYPE_CHECKING:
-    from .optimized import Optimized
 
 FORMAT = 1
 MEMBERS = ("package.json", "program.json", "weights.npz")
@@ -73,14 +72,31 @@ def write_new(path: Path, write: Callable[[IO[bytes]], None], *, overwrite: bool
         raise
 
 
-def save(model: Optimized, path: Path, *, overwrite: bool = False) -> None:
-    """Write ``model`` to ``path``: a package, or for the target torchscript a script that holds its package."""
-    data = _pack(model)
-    if model.report.target == "torchscript":
-        from .targets.torchscript import script
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds.
 
+    Attributes:
+        program: the optimised program.
+        family: name of the frontend.
+        facts: what the family's drop-in knows of the model.
+        report: what the passes did, and the receipt; names the target.
+        script: the drop-in itself, where the file is TorchScript.
+    """
+
+    program: Program
+    family: str
+    facts: dict[str, Any]
+    report: Report
+    script: nn.Module | None = None
+
+
+def save(saved: Saved, path: Path, *, overwrite: bool = False) -> None:
+    """Write a package to ``path``; where there is a script, a TorchScript file with the package inside."""
+    data = _pack(saved)
+    if saved.script is not None:
         buffer = io.BytesIO()
-        torch.jit.save(script(model.interface), buffer, _extra_files={INSIDE_SCRIPT: data})
+        torch.jit.save(saved.script, buffer, _extra_files={INSIDE_SCRIPT: data})
         data = buffer.getvalue()
 
     def write(file: IO[bytes]) -> None:
@@ -97,27 +113,25 @@ def is_package(path: Path) -> bool:
         return any(name == "package.json" or name.endswith(f"/extra/{INSIDE_SCRIPT}") for name in archive.namelist())
 
 
-def load(path: Path) -> Optimized:
-    """The model that :func:`save` wrote; a TorchScript file runs the code that it holds.
+def load(path: Path) -> Saved:
+    """What :func:`save` wrote, ready to run; the code of a TorchScript file is loaded.
 
     Raises:
         PackageError: not a saved model, truncated, altered, or of a newer format.
     """
-    from .api import assemble
-
-    program, facts, report = read(path)
-    scripted = None
-    if report.target == "torchscript":
-        try:
-            scripted = torch.jit.load(str(path), map_location="cpu")
-        except RuntimeError as error:
-            what = f"{path} is damaged: {str(error).splitlines()[0]}"
-            raise PackageError(what, hint="save the model again") from error
-    return assemble(program, facts, report, scripted)
+    saved = read(path)
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith(f"/extra/{INSIDE_SCRIPT}") for name in archive.namelist()):
+            return saved
+    try:
+        return replace(saved, script=torch.jit.load(str(path), map_location="cpu"))
+    except RuntimeError as error:
+        what = f"{path} is damaged: {str(error).splitlines()[0]}"
+        raise PackageError(what, hint="save the model again") from error
 
 
-def read(path: Path) -> tuple[Program, dict[str, Any], Report]:
-    """What a file that :func:`save` wrote says: the program, its facts and the report.  Nothing in it is run.
+def read(path: Path) -> Saved:
+    """What a file that :func:`save` wrote says, without its script.  Nothing in it is run.
 
     Raises:
         PackageError: not a saved model, truncated, altered, or of a newer format.
@@ -131,7 +145,10 @@ def read(path: Path) -> tuple[Program, dict[str, Any], Report]:
             if inside:
                 data = archive.read(inside[0])
         program, facts = _unpack(data)
-        return program, facts, Report.from_json(facts["report"], read_receipt=Receipt.from_json)
+        report = Report.from_json(facts["report"], read_receipt=Receipt.from_json)
+        return Saved(program, facts["family"], facts["facts"], report)
+    except PackageError as error:
+        raise PackageError(f"{path}: {error.what}", hint=error.hint or "save the model again") from error
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
         raise PackageError(
             f"{path} is not a saved fxpass model, or it is truncated ({str(error).splitlines()[0]})",
@@ -143,18 +160,17 @@ def read(path: Path) -> tuple[Program, dict[str, Any], Report]:
         ) from error
 
 
-def _pack(model: Optimized) -> bytes:
+def _pack(saved: Saved) -> bytes:
     facts = {
         "format": FORMAT,
-        "family": model.frontend.name,
-        "facts": model.facts,
-        "target": model.report.target,
-        "report": model.report.to_json(),
+        "family": saved.family,
+        "facts": saved.facts,
+        "report": saved.report.to_json(),
     }
     members = {
         "package.json": json.dumps(facts, indent=1).encode(),
-        "program.json": json.dumps(program_to_json(model.program)).encode(),
-        "weights.npz": _weights(model.program),
+        "program.json": json.dumps(program_to_json(saved.program)).encode(),
+        "weights.npz": _weights(saved.program),
     }
     digest = {name: hashlib.sha256(member).hexdigest() for name, member in members.items()}
     members["digest.json"] = json.dumps(digest).encode()
@@ -279,7 +295,7 @@ def _spec_from_json(data: dict[str, Any]) -> TensorSpec:
 
 
 def _target_name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target)
     if callable(node.target):
         return f"{node.target.__module__.lstrip('_')}.{node.target.__name__}"

@@ -18,6 +18,7 @@ import torch
 
 import fxpass
 from fxpass import package
+from fxpass.api import capture
 from fxpass.cli import main
 from fxpass.models import WEIGHTS, small_potential
 
@@ -56,7 +57,7 @@ def paragraph(err: str, says: tuple[str, ...]) -> str:
     assert "\n\n" not in message.strip()
     for text in says:
         assert text in message, message
-    assert "Try: " in message or "known are" in message or "atom" in message
+    assert "Try: " in message or "^" in message or ".xyz" in message  # carets and file places say it themselves
     return message
 
 
@@ -204,7 +205,7 @@ def write_altered(path: Path) -> None:
         ("dead-cod", ("'dead-cod'", "did you mean 'dead-code'?", "common-subexpressions")),
         ("exact,defualt", ("'defualt'", "did you mean 'default'?")),
         ("specialize-heads{haed=0}", ("'haed'", "did you mean 'head'?")),
-        ("dead-code{", ("'}'", "^")),
+        ("dead-code{", ("the name of an option", "dead-code{", "^")),
         ("", ("empty",)),
     ],
 )
@@ -236,12 +237,31 @@ def test_a_budget_that_is_none(refused: Refused, budget: str) -> None:
     ],
 )
 def test_a_pass_that_breaks_its_promise(
-    refused: Refused, plugin: Callable[[str, str], None], name: str, body: str, complaint: str
+    captured: fxpass.Program, plugin: Callable[[str, str], None], name: str, body: str, complaint: str
 ) -> None:
     plugin(name, PASS.format(name=name, body=body))
-    words = ["optimize", MODEL, "-o", "out.fxp", "-p", f"dead-code,{name}"]
-    message = refused(*words, code=1, says=(f"'{name}'", complaint))
-    assert "passes that ran before: dead-code" in message
+    with pytest.raises(fxpass.PassError) as found:
+        fxpass.run_passes(captured, ["dead-code", name])
+    assert found.value.where.pass_name == name
+    paragraph(f"error: {found.value}", (f"'{name}'", complaint, "passes that ran before: dead-code"))
+
+
+@pytest.fixture(scope="module")
+def captured() -> fxpass.Program:
+    return capture(small_potential())
+
+
+@pytest.mark.slow
+def test_a_pass_that_changes_the_result(refused: Refused, plugin: Callable[[str, str], None]) -> None:
+    """Found by the receipt, named by bisecting, and nothing is written."""
+    body = (
+        "[setattr(n, 'target', relu) for n in program.graph.nodes if n.target is silu]; return Outcome(program, True)"
+    )
+    source = PASS.format(name="wrong-function", body=body)
+    ops = "import torch\nrelu, silu = torch.ops.aten.relu.default, torch.ops.aten.silu.default\n"
+    plugin("wrong-function", ops + source)
+    words = ["optimize", MODEL, "-o", "out.fxp", "-p", "dead-code,wrong-function,differentiate"]
+    refused(*words, code=1, says=("the pass wrong-function is to blame", "FAILED", "forces of"))
 
 
 def test_a_plugin_that_cannot_be_imported(
@@ -274,6 +294,7 @@ class Absent(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
+from fxpass.api import capture
 from fxpass.cli import main
 for words in WORDS:
     print(main(words))

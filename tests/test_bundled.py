@@ -268,7 +268,7 @@ def test_it_is_a_drop_in(pair: tuple[SmallPotential, fxpass.Optimized]) -> None:
                 assert torch.equal(torch.isfinite(found[name]), finite), (name, flags)
                 error = (found[name] - value)[finite].detach().abs()
                 assert error.numel() == 0 or error.max() <= limits[name], (name, flags)
-                assert found[name].requires_grad == (flags.get("training", False))
+                assert "training" in flags or not found[name].requires_grad
             assert all(torch.equal(data[name], tensor) for name, tensor in before.items())
 
 
@@ -295,7 +295,7 @@ def test_second_derivatives(pair: tuple[SmallPotential, fxpass.Optimized]) -> No
 @pytest.mark.parametrize(
     "settings",
     [
-        Settings((6,), (-1.5,), features="4x0e", max_degree=0, layers=1),
+        Settings((6,), (-1.5,), features="4x0e", max_degree=1, layers=1),
         Settings((1, 6, 7, 8), (-1.0, -2.0, -3.0, -4.0), features="3x0o+6x0e+4x1o+2x1e+3x2e", max_degree=3, layers=3),
     ],
     ids=["scalars", "many irreps"],
@@ -313,12 +313,10 @@ def test_any_settings(settings: Settings) -> None:
 def test_the_program(model: SmallPotential) -> None:
     program = FRONTEND.capture(model)
     calls = [str(node.target).removesuffix(".default") for node in program.graph.nodes if node.op == "call_function"]
-    assert {name: calls.count(f"fxpass.{name}") for name in ("tensor_product", "linear", "polynomial", "scatter_sum")} == {
-        "tensor_product": 6,  # messages, self-connection and gate of two layers
-        "linear": 6,  # embedding, two a layer, readout
-        "polynomial": 1,
-        "scatter_sum": 3,  # messages of two layers, energies
-    }
+    assert calls.count("fxpass.tensor_product") == 6  # messages, self-connection and gate of two layers
+    assert calls.count("fxpass.linear") == 6  # embedding, two a layer, readout
+    assert calls.count("fxpass.polynomial") == 1
+    assert calls.count("fxpass.scatter_sum") == 3  # messages of two layers, energies
     assert [spec.dims for spec in program.outputs] == [("graphs",), ("atoms",)]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ..algebra.spherical import spherical_harmonics
 from ..errors import Location, UnsupportedModelError
 from ..ir import ops
 
-Rule = Callable[[nn.Module, str], nn.Module]
+Rule = Callable[[Any, str], nn.Module]  # the module is of a class that fxpass does not import
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 class TensorProductStandIn(nn.Module):
     """``e3nn.o3.TensorProduct`` as ``fxpass::tensor_product``."""
 
-    def __init__(self, tp: nn.Module, path: str) -> None:
+    def __init__(self, tp: Any, path: str) -> None:
         super().__init__()
         self.spec = str(tensor_product_spec(tp, path))
         self.weight = tp.weight
@@ -54,7 +55,7 @@ class TensorProductStandIn(nn.Module):
         return _like(y, x1)
 
 
-def tensor_product_spec(tp: nn.Module, path: str) -> TensorProduct:
+def tensor_product_spec(tp: Any, path: str) -> TensorProduct:
     """The data of an ``e3nn.o3.TensorProduct``; weights keep e3nn's order."""
     paths, offset = [], 0
     for ins in tp.instructions:
@@ -95,7 +96,7 @@ def coefficient_dtype(module: nn.Module) -> str:
 class LinearStandIn(nn.Module):
     """``e3nn.o3.Linear`` as ``fxpass::linear``, plus a bias on scalars."""
 
-    def __init__(self, linear: nn.Module, path: str) -> None:
+    def __init__(self, linear: Any, path: str) -> None:
         super().__init__()
         paths, biases, offset = [], [], 0
         for ins in linear.instructions:
@@ -141,7 +142,7 @@ class LinearStandIn(nn.Module):
 class SphericalHarmonicsStandIn(nn.Module):
     """``e3nn.o3.SphericalHarmonics`` as a normalisation and ``fxpass::polynomial``."""
 
-    def __init__(self, sh: nn.Module, path: str) -> None:
+    def __init__(self, sh: Any, path: str) -> None:
         super().__init__()
         parity = sh.irreps_in[0].ir.p
         poly, coefficients = spherical_harmonics(tuple(sh._ls_list), sh.normalization, parity)
@@ -165,7 +166,7 @@ class ContractionStandIn(nn.Module):
     (Batatia et al., NeurIPS 2022, Eq. 10-11).
     """
 
-    def __init__(self, contraction: nn.Module, irrep_out: str, path: str) -> None:
+    def __init__(self, contraction: Any, irrep_out: str, path: str) -> None:
         super().__init__()
         irreps = contraction.coupling_irreps
         if irreps.dim > len(DIGITS):
@@ -206,7 +207,7 @@ class ContractionStandIn(nn.Module):
 class SymmetricContractionStandIn(nn.Module):
     """MACE's ``SymmetricContraction``: the contractions to each output irrep, concatenated."""
 
-    def __init__(self, module: nn.Module, path: str) -> None:
+    def __init__(self, module: Any, path: str) -> None:
         super().__init__()
         self.contractions = nn.ModuleList(
             ContractionStandIn(contraction, str(ir), path)
@@ -244,7 +245,7 @@ class ChebyshevStandIn(nn.Module):
     ``torch.special.chebyshev_polynomial_t`` has none: autograd takes its result for a constant.
     """
 
-    def __init__(self, basis: nn.Module, path: str) -> None:
+    def __init__(self, basis: Any, path: str) -> None:
         super().__init__()
         self.count = int(basis.num_basis)
 

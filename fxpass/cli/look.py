@@ -80,9 +80,9 @@ def inspect(arguments: argparse.Namespace) -> Answer:
     word, given = arguments.model, _sizes(arguments.at)
     shown: list[RenderableType] = []
     if is_package(Path(word)):
-        program, about, report = read(Path(word))
+        saved = read(Path(word))
+        program, report, family, facts = saved.program, saved.report, saved.family, saved.facts
         verify(program)  # derives the shapes and irreps, which files do not hold
-        family, facts = about["family"], about["facts"]
         data = {"model": word, "kind": "result", "report": report.to_json()}
         shown.append(report_view(report))
     else:

@@ -56,7 +56,7 @@ class MaceFrontend:
     extra = "mace"
     tested = ("0.3.16",)
 
-    def recognises(self, model: nn.Module) -> bool:
+    def recognises(self, model: Any) -> bool:
         return any(cls.__module__.startswith("mace.modules") for cls in type(model).__mro__)
 
     def reads(self, path: str) -> bool:
@@ -77,7 +77,7 @@ class MaceFrontend:
             )
         return model
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: Any) -> None:
         kind = type(model).__name__
         if kind not in MODELS:
             raise _refused(f"the model class {kind} is not covered", "", model, f"one of {', '.join(MODELS)}")
@@ -99,15 +99,15 @@ class MaceFrontend:
         if type(basis).__name__ not in ("BesselBasis", "GaussianBasis", "ChebychevBasis"):
             raise _refused(f"the radial basis {type(basis).__name__} is not covered", "radial_embedding.bessel_fn", basis, "")
 
-    def reference(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    def reference(self, model: Any) -> tuple[nn.Module, tuple[str, ...]]:
         replica = copy.deepcopy(model)
-        basis = replica.radial_embedding.bessel_fn
+        basis: Any = replica.radial_embedding.bessel_fn
         if type(basis).__name__ != "ChebychevBasis":
             return replica, ()
         replica.radial_embedding.bessel_fn = ChebyshevStandIn(basis, "radial_embedding.bessel_fn")
         return replica, (CHEBYSHEV,)
 
-    def capture(self, model: nn.Module) -> Program:
+    def capture(self, model: Any) -> Program:
         names, energy = MODELS[type(model).__name__]
         dtype = dtype_of(model)
         species = len(model.atomic_numbers)
@@ -135,7 +135,7 @@ class MaceFrontend:
 
         return capture(run, replica, inputs, outputs, energy=energy)
 
-    def attributes(self, model: nn.Module) -> dict[str, Any]:
+    def attributes(self, model: Any) -> dict[str, Any]:
         return {
             "kind": type(model).__name__,
             "cutoff": float(model.r_max),
@@ -150,7 +150,7 @@ class MaceFrontend:
         names, _ = MODELS[attributes["kind"]]
         return MaceInterface(energy, forces, attributes, list(names))
 
-    def evaluate(self, model: nn.Module, structure: Structure) -> Evaluation:
+    def evaluate(self, model: Any, structure: Structure) -> Evaluation:
         heads = _heads(model)
         data = mace_batch(
             [structure], [int(z) for z in model.atomic_numbers], float(model.r_max), heads, dtype_of(model)
@@ -174,11 +174,11 @@ def _refused(what: str, path: str, module: nn.Module, hint: str) -> UnsupportedM
     )
 
 
-def _heads(model: nn.Module) -> list[str]:
+def _heads(model: Any) -> list[str]:
     return list(getattr(model, "heads", None) or ["Default"])
 
 
-def _forward_on_vectors(model: nn.Module) -> FunctionType:
+def _forward_on_vectors(model: Any) -> FunctionType:
     """The model's own ``forward`` with edge vectors as its input.
 
     ``prepare_graph`` is where ``forward`` turns positions into edge vectors and reads sizes as Python

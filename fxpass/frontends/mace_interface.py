@@ -13,6 +13,7 @@ class AtomicEnergies(nn.Module):
 
     def __init__(self, energies: Tensor) -> None:
         super().__init__()
+        self.atomic_energies: Tensor
         self.register_buffer("atomic_energies", energies)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class MaceInterface(nn.Module):
                     per_atom = self._atomic_virials(vectors, gradient, index, positions.size(0), batch, data["cell"])
                     result["atomic_virials"] = per_atom[0]
                     result["atomic_stresses"] = per_atom[1]
-            if compute_hessian and not torch.jit.is_scripting():
+            if compute_hessian and not torch.jit.is_scripting():  # type: ignore[attr-defined]
                 result["hessian"] = self._hessian(result["forces"], positions)
         return result
 

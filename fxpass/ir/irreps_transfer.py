@@ -80,11 +80,11 @@ def transfer(node: fx.Node) -> Result:
     if target is aten.cat.default:
         return _cat(node, value), None
     if target is aten.slice.Tensor and irreps[0] is not None:
-        _, axis, start, end = (*node.args, 0, 0, None)[:4]
+        axis, start, end = (*node.args[1:], 0, 0, None)[:3]
         rank = value.dim()
         if axis in (-1, rank - 1):
             end = value.shape[-1] + start if isinstance(start, int) and isinstance(value.shape[-1], int) else None
-            return (slice_irreps(irreps[0], start, end) if isinstance(end, int) else None), None
+            return (slice_irreps(irreps[0], start, end) if isinstance(start, int) and isinstance(end, int) else None), None
         return irreps[0], None
     return None, None
 
@@ -141,7 +141,7 @@ def _cat(node: fx.Node, value: torch.Tensor) -> str | None:
     axis = node.args[1] if len(node.args) > 1 else 0
     irreps = [p.meta.get("irreps") for p in parts]  # type: ignore[union-attr]
     if axis in (-1, value.dim() - 1) and all(irreps):
-        return join(*irreps)
+        return join(*(i for i in irreps if i))
     if axis == 0 and value.dim() > 1 and all(irreps) and len(set(irreps)) == 1:
         return irreps[0]
     return None

@@ -18,6 +18,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from .._torch_compat import OpOverload as OpOverload
+from .._torch_compat import size_expr
 from ..algebra.multilinear import parse_linear, parse_tensor_product
 from ..algebra.polynomial import parse_polynomial
 from . import reference
@@ -210,12 +212,8 @@ def _slots(node: fx.Node, demanded: dict[str, str]) -> dict[str, tuple[fx.Node, 
     return {name: (a, demanded[name]) for name, a in given if isinstance(a, fx.Node) and name in demanded}
 
 
-def _expr(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-
-
 def _numel(value: Tensor) -> sympy.Expr:
-    return reduce(operator.mul, map(_expr, value.shape), sympy.Integer(1))
+    return reduce(operator.mul, map(size_expr, value.shape), sympy.Integer(1))
 
 
 def _bytes(node: fx.Node) -> sympy.Expr:
@@ -226,7 +224,7 @@ def _bytes(node: fx.Node) -> sympy.Expr:
 
 def _rows(node: fx.Node, *, skip: Sequence[int] = ()) -> sympy.Expr:
     first = next(a for k, a in enumerate(node.args) if isinstance(a, fx.Node) and k not in skip)
-    return _expr(first.meta["val"].shape[0])
+    return size_expr(first.meta["val"].shape[0])
 
 
 def _spec(node: fx.Node) -> str:
@@ -247,7 +245,7 @@ def _polynomial_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
     poly = parse_polynomial(_spec(node))
     x, directions, weight, *_ = node.args
     count, paths, outputs = node.args[4].meta["val"].shape  # type: ignore[union-attr]
-    rows, channels, _ = map(_expr, x.meta["val"].shape)  # type: ignore[union-attr]
+    rows, channels, _ = map(size_expr, x.meta["val"].shape)  # type: ignore[union-attr]
     build = (len(poly.order)) * (1 + len(directions))  # type: ignore[arg-type]
     contraction = 2 * count * paths * outputs + (2 * paths * outputs if weight is not None else 0)
     gradient = 2 * sum(map(len, poly.gradient)) if node.args[-1] == "direction" else 0
@@ -318,7 +316,7 @@ def _scatter_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
     return _numel(node.args[0].meta["val"]), _bytes(node)  # type: ignore[union-attr]
 
 
-SEMANTIC: dict[torch._ops.OpOverload, SemanticOp] = {
+SEMANTIC: dict[OpOverload, SemanticOp] = {
     tensor_product: SemanticOp(
         "tensor_product", reference.tensor_product, _tp_summary, _tp_cost, _tp_irreps, _tp_operands
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -76,7 +76,7 @@ class Program:
         """Output name -> the node that is returned under that name."""
         (returned,) = self.graph.output_node().args
         assert isinstance(returned, (tuple, list))
-        return {spec.name: node for spec, node in zip(self.outputs, returned, strict=True)}  # type: ignore[misc]
+        return {spec.name: node for spec, node in zip(self.outputs, returned, strict=True)}
 
     def input(self, name: str) -> TensorSpec:
         return next(s for s in self.inputs if s.name == name)
@@ -103,7 +103,7 @@ class Program:
         if own == dtype:
             return self
 
-        def other(value: object) -> object:
+        def other(value: Any) -> Any:
             return dtype if value is own else value
 
         program = self.copy()
@@ -115,7 +115,7 @@ class Program:
         for node in program.graph.nodes:
             if node.op == "call_function":
                 node.args = fx.node.map_aggregate(node.args, other)
-                node.kwargs = fx.node.map_aggregate(node.kwargs, other)  # type: ignore[assignment]
+                node.kwargs = fx.node.map_aggregate(node.kwargs, other)
         module.recompile()
 
         def retyped(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:

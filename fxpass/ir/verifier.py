@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._torch_compat import fake_inputs, frozen_sizes
+from .._torch_compat import OpOverload, fake_inputs, frozen_sizes
 from ..errors import Location, PassError
 from .irreps_transfer import transfer
 from .metadata import provenance
@@ -98,7 +98,7 @@ def _check_node(node: fx.Node) -> None:
     target: Any = node.target
     if target in ARITHMETIC:
         return
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "fxpass"):
+    if not isinstance(target, OpOverload) or target.namespace not in ("aten", "fxpass"):
         raise PassError(
             f"the graph calls {getattr(target, '__name__', target)}, which is neither ATen nor a semantic op",
             where=_place(node),

@@ -30,6 +30,11 @@ class Target(Protocol):
         """
 
 
+    @abstractmethod
+    def portable(self, interface: nn.Module) -> nn.Module | None:
+        """What a saved file carries to be run without fxpass; None where the program is all it carries."""
+
+
 #: semantic ops become ATen, and what that leaves behind is cleaned up
 LEGAL = "legalize,fold-constants,common-subexpressions,dead-code"
 

@@ -18,3 +18,6 @@ class EagerTarget:
 
     def lower(self, program: Program) -> nn.Module:
         return executable(program)
+
+    def portable(self, interface: nn.Module) -> nn.Module | None:
+        return None

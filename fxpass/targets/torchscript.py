@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
+from .._torch_compat import OpOverload
 from ..errors import Location, LoweringError
 from ..ir.metadata import provenance
 from ..ir.program import Program
@@ -23,7 +24,7 @@ class TorchScriptTarget:
     def lower(self, program: Program) -> nn.Module:
         for node in program.graph.nodes:
             overload = node.target
-            if isinstance(overload, torch._ops.OpOverload) and overload.namespace != "aten":
+            if isinstance(overload, OpOverload) and overload.namespace != "aten":
                 raise LoweringError(
                     f"TorchScript cannot carry {overload}",
                     where=Location(node=node.name, module_path=provenance(node).module),
@@ -34,6 +35,9 @@ class TorchScriptTarget:
             _scriptable(node)
         module.recompile()
         return script(module)
+
+    def portable(self, interface: nn.Module) -> nn.Module | None:
+        return script(interface)
 
 
 def script(module: nn.Module) -> torch.jit.ScriptModule:
@@ -53,7 +57,7 @@ def script(module: nn.Module) -> torch.jit.ScriptModule:
 
 def _scriptable(node: fx.Node) -> None:
     """TorchScript resolves overloads by itself and spells a symbolic size ``aten::size``."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         if node.target is torch.ops.aten.sym_size.int:
             node.target = torch.ops.aten.size
         else:

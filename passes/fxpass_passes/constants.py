@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from fxpass.ir.ops import OpOverload
 from fxpass.ir.program import Program, attribute
 from fxpass.rewrite import Match, is_pure
 
@@ -15,7 +16,7 @@ def constants(graph: fx.Graph) -> frozenset[fx.Node]:
     """Nodes that depend on weights and literals only."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        known = isinstance(node.target, torch._ops.OpOverload) and is_pure(node) and bool(node.all_input_nodes)
+        known = isinstance(node.target, OpOverload) and is_pure(node) and bool(node.all_input_nodes)
         if node.op == "get_attr" or (known and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return frozenset(found)
