@@ -42,7 +42,6 @@ def o3() -> ModuleType:
     them unless they are allowed, so they are, for the time of this import.
     """
     with torch.serialization.safe_globals([slice]):
-        import e3nn.nn
         import e3nn.o3 as module
 
     return module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import capture as _capture  # noqa: F401  a subpackage imported later would replace fxpass.capture
 from . import package
+from .capture.capture import copy_model
 from .errors import FxpassError, Location, UnsupportedModelError, UsageError, VerificationError
 from .frontends.base import Frontend, dtype_of
 from .instruments import bisect
@@ -35,6 +36,8 @@ from .verify.tolerances import parse_budget
 Example = Any
 Passes = str | Pass | Iterable[str | Pass]
 Progress = Callable[[str], None]
+
+UNVERIFIED = "verification was turned off: nothing was compared with the original"
 
 #: packages whose versions a report records
 VERSIONED = ("fxpass", "torch", "e3nn", "numpy", "mace-torch")
@@ -127,7 +130,7 @@ def optimize(
         target=target,
         versions=_versions(),
         records=(*result.records, *legal.records),
-        warnings=(*caveats, *(() if verify else ("verification was turned off: nothing was compared with the original",))),
+        warnings=caveats if verify else (*caveats, UNVERIFIED),
     )
     receipt = None
     if verify:
@@ -144,7 +147,7 @@ def optimize(
     def rebuild(dtype: torch.dtype, device: torch.device) -> Optimized:
         if device.type != "cpu":
             raise UsageError(f"an optimised model cannot move to {device} yet", hint="the original model there")
-        other = copy.deepcopy(model).to(dtype)
+        other = copy_model(model).to(dtype)
         return optimize(other, chosen, example=structures, target=target, budget=budget, verify=verify)
 
     return Optimized(interface, result.program, report, frontend, backend, facts, rebuild)
@@ -203,11 +206,11 @@ def verify(
     for key in ("numbers", "heads", "cutoff"):
         if facts.get(key) != optimized.facts.get(key):
             raise VerificationError(
-                f"this is not the original: {key} is {facts.get(key)} there and {optimized.facts.get(key)} in the result"
+                f"this is not the original: {key} is {facts.get(key)} there, {optimized.facts.get(key)} in the result"
             )
     own = getattr(torch, optimized.facts["dtype"])
     if dtype_of(model) != own:
-        model = copy.deepcopy(model).to(own)
+        model = copy_model(model).to(own)
     model, _ = frontend.reference(model)
     chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
     allowed = None if budget is None else parse_budget(budget)
@@ -374,7 +377,7 @@ class _Verification:
     def receipt(self, interface: nn.Module, legal: Program, structures: Sequence[Structure]) -> Receipt:
         dtype = str(dtype_of(self.model)).removeprefix("torch.")
         single = dtype == "float32"
-        reference = self.evaluator(copy.deepcopy(self.model).double())
+        reference = self.evaluator(copy_model(self.model).double())
         twin = None
         if single:
             facts = {**self.facts, "dtype": "float64"}
@@ -391,7 +394,12 @@ class _Verification:
         )
 
     def failure(
-        self, receipt: Receipt, captured: Program, passes: Sequence[Pass], probes: Sequence[Structure], registry: Registry
+        self,
+        receipt: Receipt,
+        captured: Program,
+        passes: Sequence[Pass],
+        probes: Sequence[Structure],
+        registry: Registry,
     ) -> FxpassError:
         """The error for a failed receipt, with the first pass after which it fails."""
         bad = {row.structure for row in receipt.failures}

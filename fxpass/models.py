@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -341,7 +342,8 @@ def build(settings: Settings, dtype: torch.dtype = torch.float32, seed: int = 0)
 
     It is made in float64, so that Clebsch-Gordan coefficients are as exact as ``dtype`` can hold.
     """
-    with torch.random.fork_rng(devices=[]), _default_dtype(torch.float64):
+    with torch.random.fork_rng(devices=[]), _default_dtype(torch.float64), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The TorchScript type system")  # about e3nn 0.4.4, not about its users
         torch.manual_seed(seed)
         return SmallPotential(settings).to(dtype)
 

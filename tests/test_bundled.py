@@ -244,11 +244,13 @@ def pair(request: pytest.FixtureRequest) -> tuple[SmallPotential, fxpass.Optimiz
     return model, fxpass.optimize(model, verify=False)
 
 
+@pytest.mark.slow
 def test_the_receipt_passes() -> None:
     receipt = fxpass.optimize(WEIGHTS, "exact").report.receipt
     assert receipt is not None and receipt.passed
 
 
+@pytest.mark.slow
 def test_it_is_a_drop_in(pair: tuple[SmallPotential, fxpass.Optimized]) -> None:
     model, optimized = pair
     assert inspect.signature(optimized.forward) == inspect.signature(model.forward)
@@ -272,6 +274,7 @@ def test_it_is_a_drop_in(pair: tuple[SmallPotential, fxpass.Optimized]) -> None:
             assert all(torch.equal(data[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_the_drop_in_refuses_a_foreign_species(pair: tuple[SmallPotential, fxpass.Optimized]) -> None:
     model, optimized = pair
     data = collate(PROBES, NUMBERS, CUTOFF, next(model.parameters()).dtype)
@@ -279,6 +282,7 @@ def test_the_drop_in_refuses_a_foreign_species(pair: tuple[SmallPotential, fxpas
         optimized({**data, "numbers": data["numbers"] - 1})
 
 
+@pytest.mark.slow
 def test_second_derivatives(pair: tuple[SmallPotential, fxpass.Optimized]) -> None:
     """Forces of ``training=True`` can be differentiated: a product of the Hessian with a vector."""
     model, optimized = pair
@@ -292,6 +296,7 @@ def test_second_derivatives(pair: tuple[SmallPotential, fxpass.Optimized]) -> No
     torch.testing.assert_close(products[1], products[0], rtol=0, atol=1e-9 if forces.dtype == torch.float64 else 2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -332,6 +337,7 @@ def test_recognises_its_own_only(model: SmallPotential) -> None:
         FRONTEND.check(derived)
 
 
+@pytest.mark.slow
 def test_torchscript(model: SmallPotential, tmp_path: Path) -> None:
     """The scripted drop-in gives what the model gives, for sizes it was not made with."""
     fxpass.optimize(model, target="torchscript", verify=False).save(tmp_path / "model.pt")

@@ -33,6 +33,7 @@ ATTRS = TensorSpec("node_attrs", ("atoms", 3), F64, "3x0e", properties=frozenset
 X = TensorSpec("x", ("atoms", 8), F64, "2x0e+2x1o")
 SENDER = TensorSpec("sender", ("edges",), torch.int64, properties=frozenset({"index:atoms"}))
 EMBED = str(Linear("3x0e", "4x0e", (LinearPath(0, 0, 0, 0.5),), 12, True))
+ANY_SPECIES = SpecializeSpecies(min_species=1)
 MIX = str(Linear("4x0e", "2x0e+1x0e", (LinearPath(0, 1, 0, 0.25), LinearPath(0, 0, 4, -2.0)), 12, True))
 PATHS = tuple(TensorProductPath(i, 0, i, "uvw", 12 * i, 0.3 + i) for i in (0, 1))
 SKIP = TensorProduct("2x0e+2x1o", "3x0e", "2x0e+2x1o", PATHS, 24, True)
@@ -97,11 +98,11 @@ def one_use(target: Any, *args: Any, weights: Mapping[str, Tensor] | None = None
 
 
 def test_species_contract() -> None:
-    PassContract(SpecializeSpecies(), [lookups, on_edges, without_one_hot], SIZES).check()
+    PassContract(ANY_SPECIES, [lookups, on_edges, without_one_hot], SIZES).check()
 
 
 def test_species_become_lookups() -> None:
-    outcome = SpecializeSpecies().apply(lookups())
+    outcome = ANY_SPECIES.apply(lookups())
     verify(outcome.program)
     check = FileCheck().check("node_attrs: f64[atoms, 3]").check_next("%argmax = aten.argmax.default(%node_attrs, 1)")
     check.check("%gather = fxpass.gather.default(%w, %argmax)")
@@ -116,13 +117,13 @@ def test_species_become_lookups() -> None:
 
 def test_row_weights_are_the_models_own_numbers() -> None:
     """The coupling goes into the spec, so a table is exact in whatever dtype the program is cast to."""
-    table = SpecializeSpecies().apply(lookups()).program.graph_module.get_buffer("t_by_species")
+    table = ANY_SPECIES.apply(lookups()).program.graph_module.get_buffer("t_by_species")
     by_path = numbers(24).view(2, 2, 3, 2)  # path, u, species, w
     assert torch.equal(table, by_path.permute(2, 0, 1, 3).reshape(3, 8))
 
 
 def test_attributes_are_found_behind_cat_slice_and_gather() -> None:
-    outcome = SpecializeSpecies().apply(on_edges())
+    outcome = ANY_SPECIES.apply(on_edges())
     assert sorted({a.rule for a in outcome.applications}) == ["product-of-gather", "slice-of-cat", "species-table"]
     check = FileCheck().check("aten.argmax.default(%node_attrs, 1)")
     check.check("fxpass.gather.default(%v_by_species, %argmax)")
@@ -137,7 +138,7 @@ def test_argmax_that_is_there_is_used() -> None:
         return {"row": row, "number": call(graph, ops.gather, graph.get_attr("z"), species)}
 
     program = build_program(body, [ATTRS], {"w": numbers(3, 5), "z": torch.tensor([28, 29, 46])})
-    text = graph_text(SpecializeSpecies().apply(program).program)
+    text = graph_text(ANY_SPECIES.apply(program).program)
     FileCheck().check_count("argmax.default", 1, exactly=True).check("gather.default(%w, %argmax)").run(text)
 
 
@@ -154,7 +155,7 @@ def test_argmax_that_is_there_is_used() -> None:
     ],
 )
 def test_species_refusals(program: Callable[[], Program], reason: str) -> None:
-    outcome = SpecializeSpecies().apply(program())
+    outcome = ANY_SPECIES.apply(program())
     assert not outcome.modified
     assert outcome.program.assumptions == ()
     (refusal,) = outcome.refusals
@@ -176,10 +177,16 @@ def skip(mode: str = "uvw", irreps: str = "3x0e") -> Program:
 
 
 def test_too_many_row_weights_are_refused_with_their_number() -> None:
-    assert SpecializeSpecies(max_row_weights=4).apply(skip()).modified
-    outcome = SpecializeSpecies(max_row_weights=3).apply(skip())
+    assert SpecializeSpecies(max_row_weights=4, min_species=3).apply(skip()).modified
+    outcome = SpecializeSpecies(max_row_weights=3, min_species=3).apply(skip())
     assert not outcome.modified
     assert outcome.refusals[0].reason == "a look-up of 4 weights for each row, more than max_row_weights=3"
+
+
+def test_few_species_are_refused_with_their_number() -> None:
+    outcome = SpecializeSpecies(min_species=4).apply(skip())
+    assert not outcome.modified
+    assert outcome.refusals[0].reason.startswith("3 species are fewer than min_species=4: a product costs less than")
 
 
 def test_species_after_differentiation() -> None:
@@ -192,7 +199,7 @@ def test_species_after_differentiation() -> None:
     vectors = TensorSpec("vectors", ("atoms", 3), F64, "1x1o", properties=frozenset({"edge_vector"}))
     energy = build_program(body, [vectors, ATTRS], {"t": numbers(6)})
     forces = Differentiate().apply(energy).program
-    (outcome,) = PassContract(SpecializeSpecies(), [lambda: forces], SIZES).check()
+    (outcome,) = PassContract(ANY_SPECIES, [lambda: forces], SIZES).check()
     assert [a.rule for a in outcome.applications] == ["species-weights", "species-weights"]
 
 
@@ -342,7 +349,7 @@ def run(pass_: Pass, program: Program) -> Outcome:
 @pytest.mark.parametrize("block", ["RealAgnosticDensityInteractionBlock", NONLINEAR])
 def test_species_on_mace(block: str) -> None:
     program = mace(block)
-    (outcome,) = PassContract(SpecializeSpecies(), [lambda: program], SIZES).check()
+    (outcome,) = PassContract(ANY_SPECIES, [lambda: program], SIZES).check()
     assert outcome.refusals == ()
     text = graph_text(outcome.program)
     FileCheck().check_count("(%node_attrs, 1)", 1, exactly=True).run(text)  # the argmax
@@ -352,7 +359,7 @@ def test_species_on_mace(block: str) -> None:
 @pytest.mark.mace
 def test_forces_of_mace_with_lookups() -> None:
     program = mace(NONLINEAR)
-    special = run(SpecializeHeads(), run(SpecializeSpecies(), program).program).program
+    special = run(SpecializeHeads(), run(ANY_SPECIES, program).program).program
     before, after = (Differentiate().apply(p).program for p in (program, special))
     assert_same_for_head(before, after, 0)
 
@@ -360,7 +367,7 @@ def test_forces_of_mace_with_lookups() -> None:
 @pytest.mark.mace
 @pytest.mark.parametrize(("readout", "head"), [("NonLinearReadoutBlock", 1), ("NonLinearBiasReadoutBlock", 2)])
 def test_heads_on_mace(readout: str, head: int) -> None:
-    program = run(SpecializeSpecies(), mace(heads=3, readout=readout)).program
+    program = run(ANY_SPECIES, mace(heads=3, readout=readout)).program
     outcome = run(SpecializeHeads(head), program)
     assert outcome.refusals == ()
     check = FileCheck().check("|4x0e|16|").check_not("index_put").check_not("12x0e").check_not("3x0e|")
@@ -378,6 +385,7 @@ def test_alloy_model(alloy_model_path: Path) -> None:
     (species,) = PassContract(SpecializeSpecies(), [lambda: program], SIZES).check()
     (heads,) = PassContract(SpecializeHeads(), [lambda: program], SIZES).check()
     modules = {a.module for a in species.applications}
-    assert {"node_embedding.linear", "interactions.0.skip_tp", "interactions.1.skip_tp"} <= modules
+    assert {"atomic_energies_fn", "node_embedding.linear", "interactions.0.skip_tp", "interactions.0.linear_up"} <= modules
+    assert [(r.rule, r.module) for r in species.refusals] == [("species-weights", "interactions.1.skip_tp")]
     assert [a.rule for a in heads.applications] == [*["head-column"] * 3, *["head-row"] * 2]
-    assert species.refusals == heads.refusals == ()
+    assert heads.refusals == ()

@@ -98,7 +98,7 @@ class TensorProduct:
         total = 0
         for p in self.paths:
             s = self.sizes(p)
-            _, _, w, o = CHANNELS[p.mode]
+            w = CHANNELS[p.mode][2]
             channels = s["u"] if p.mode[:2] == "uu" else s["u"] * s["v"]
             total += 2 * s["v"] * s["i"] * s["j"] * s["k"] + 2 * channels * s["i"] * s["k"]
             if p.weight >= 0:

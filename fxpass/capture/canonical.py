@@ -61,16 +61,19 @@ def _is_zeros(node: Any) -> bool:
     )
 
 
+def _adds_trailing(node: fx.Node) -> bool:
+    """Whether a node only adds trailing dimensions, or repeats along them."""
+    if node.target is aten.unsqueeze.default:
+        return node.args[1] in (-1, node.args[0].meta["val"].dim())  # type: ignore[union-attr]
+    if node.target is aten.view.default:
+        return all(size == 1 for size in node.meta["val"].shape[1:])
+    return node.target is aten.expand.default
+
+
 def _broadcast_index(node: Any) -> fx.Node | None:
-    """The 1-d index behind expand(unsqueeze(...(index))), where every step only adds trailing dimensions."""
+    """The 1-d index that is broadcast to ``node``, where it is one."""
     while isinstance(node, fx.Node) and not _is_index(node):
-        if node.target is aten.expand.default:
-            pass
-        elif node.target is aten.unsqueeze.default and node.args[1] in (-1, node.args[0].meta["val"].dim()):  # type: ignore[union-attr]
-            pass
-        elif node.target is aten.view.default and all(s == 1 for s in node.meta["val"].shape[1:]):
-            pass
-        else:
+        if not _adds_trailing(node):
             return None
         node = node.args[0]
     while isinstance(node, fx.Node) and node.target is aten.expand.default:

@@ -32,9 +32,17 @@ UNINITIALISED = (
 )
 
 
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, also of models whose parameters are of a class that cannot copy itself (MACE's ``EmptyParam``)."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
 def prepare(model: nn.Module, rules: Mapping[str, Rule] = RULES) -> nn.Module:
     """A frozen copy of ``model`` in which known leaf modules call semantic ops."""
-    replica = install(copy.deepcopy(model), rules)
+    replica = install(copy_model(model), rules)
     replica.eval()
     for parameter in replica.parameters():
         parameter.requires_grad_(False)
@@ -109,7 +117,8 @@ def _trace_failure(error: Exception) -> CaptureError:
     hint = "make this part of the model independent of tensor values, or register a module rule for it"
     if "fake" in text.lower() or "meta" in text.lower():
         hint = "register a shape function for this op with torch.library.register_fake"
-    return CaptureError(f"the model cannot be traced with symbolic sizes: {text}", where=Location(source=place), hint=hint)
+    what = f"the model cannot be traced with symbolic sizes: {text}"
+    return CaptureError(what, where=Location(source=place), hint=hint)
 
 
 def _literals(value: Any) -> Any:
@@ -206,7 +215,7 @@ def depends_on_positions(program: Program) -> None:
         raise CaptureError(
             f"the energy does not depend on {', '.join(s.name for s in program.with_property('edge_vector'))}: "
             "it stays the same when atoms move",
-            hint="check that forward uses the positions it is given, without detach; a constant was traced in their place",
+            hint="check that forward uses the positions it is given, and does not detach them",
         )
 
 

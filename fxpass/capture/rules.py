@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,8 +195,11 @@ class ContractionStandIn(nn.Module):
         self.spec = str(Polynomial(irreps.dim, tuple(names), str(irreps), f"1x{irrep_out}"))
         self.register_buffer("coefficients", coefficients.to(contraction.weights_max.dtype))
         self.weights = nn.ParameterList([contraction.weights_max, *contraction.weights])
+        self.vanishes = not names  # parity forbids every product
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.vanishes:
+            return x.new_zeros((x.shape[0], x.shape[1] * self.coefficients.shape[2]))
         weight = torch.cat(list(self.weights), dim=1)
         species, paths, channels = weight.shape
         rows = torch.matmul(y, weight.reshape(species, paths * channels)).reshape(-1, paths, channels)

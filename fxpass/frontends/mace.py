@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from types import FunctionType
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch_compat import load_pickle, pickle_names
-from ..capture.capture import capture, prepare
+from ..capture.capture import capture, copy_model, prepare
 from ..capture.rules import ChebyshevStandIn
 from ..errors import Location, MissingExtraError, StructureError, UnsupportedModelError
 from ..ir.program import Program, TensorSpec
@@ -43,6 +42,9 @@ READOUTS = (
 )
 
 
+#: packages whose modules are not e3nn's
+FOREIGN = ("cuequivariance", "openequivariance", "mace.modules.lora")
+
 CHEBYSHEV = (
     "the original's forces are not the gradient of its energy: torch has no derivative for the Chebyshev basis and "
     "takes it for a constant; the optimised model returns the same energy with its true forces"
@@ -64,7 +66,7 @@ class MaceFrontend:
 
     def load(self, path: str) -> nn.Module:
         try:
-            import mace.modules
+            import mace.modules  # noqa: F401  unpickling needs its classes
         except ModuleNotFoundError as error:
             raise MissingExtraError(
                 f"{path} needs mace-torch to be unpickled, and {error.name} is not installed",
@@ -82,8 +84,8 @@ class MaceFrontend:
         if kind not in MODELS:
             raise _refused(f"the model class {kind} is not covered", "", model, f"one of {', '.join(MODELS)}")
         for path, module in model.named_modules():
-            if any(part in type(module).__module__ for part in ("cuequivariance", "openequivariance", "mace.modules.lora")):
-                raise _refused(f"{type(module).__name__} is not covered", path, module, "the plain e3nn form of the model")
+            if any(part in type(module).__module__ for part in FOREIGN):
+                raise _refused(f"{type(module).__name__} is not covered", path, module, "the e3nn form of the model")
         for name, known in (("interactions", INTERACTIONS), ("readouts", READOUTS)):
             for path, module in getattr(model, name).named_children():
                 if type(module).__name__ not in known:
@@ -97,10 +99,11 @@ class MaceFrontend:
             raise _refused(what, "joint_embedding", model.joint_embedding, "a model without embedding_specs")
         basis = model.radial_embedding.bessel_fn
         if type(basis).__name__ not in ("BesselBasis", "GaussianBasis", "ChebychevBasis"):
-            raise _refused(f"the radial basis {type(basis).__name__} is not covered", "radial_embedding.bessel_fn", basis, "")
+            what = f"the radial basis {type(basis).__name__} is not covered"
+            raise _refused(what, "radial_embedding.bessel_fn", basis, "")
 
     def reference(self, model: Any) -> tuple[nn.Module, tuple[str, ...]]:
-        replica = copy.deepcopy(model)
+        replica = copy_model(model)
         basis: Any = replica.radial_embedding.bessel_fn
         if type(basis).__name__ != "ChebychevBasis":
             return replica, ()
@@ -229,7 +232,9 @@ def mace_batch(
     for structure in structures:
         structure.check(numbers)
         if structure.head is not None and structure.head not in heads:
-            raise StructureError(f"{structure.name} asks for the head {structure.head!r}; the model has {', '.join(heads)}")
+            raise StructureError(
+                f"{structure.name} asks for the head {structure.head!r}", hint=f"one of {', '.join(heads)}"
+            )
         edges, units = neighbour_list(structure, cutoff)
         parts["positions"].append(structure.positions)
         parts["cell"].append(structure.cell)

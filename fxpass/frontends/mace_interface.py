@@ -1,8 +1,11 @@
 """MACE's own ``forward`` over lowered programs; needs neither mace-torch nor e3nn, and scripts."""
 
+# TorchScript reads the annotations and knows no strict zip.
+# ruff: noqa: B905, UP006, UP035, UP045
+
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple  # noqa: UP035  TorchScript reads these annotations
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +68,7 @@ class MaceInterface(nn.Module):
                 the model, which a compiled program does not do), or species attributes that are not one-hot.
         """
         if lammps_mliap:
-            raise RuntimeError("fxpass: lammps_mliap=True is not covered by the optimised model; use the original there")
+            raise RuntimeError("fxpass: lammps_mliap=True is not covered; use the original model there")
         positions = data["positions"]
         attrs = data["node_attrs"]
         if attrs.size(1) != self.species or bool((attrs.max(dim=1)[0] != attrs.sum(dim=1)).any()):
@@ -121,7 +124,8 @@ class MaceInterface(nn.Module):
                     edge_cell = cell.index_select(0, batch.index_select(0, index[0]))
                     unstrained = positions.index_select(0, index[1]) - positions.index_select(0, index[0])
                     unstrained = unstrained + torch.bmm(data["unit_shifts"].unsqueeze(1), edge_cell).squeeze(1)
-                virials, stress = self._virials(unstrained, gradient, index, batch, data["cell"], graphs, compute_stress)
+                cell = data["cell"]
+                virials, stress = self._virials(unstrained, gradient, index, batch, cell, graphs, compute_stress)
                 result["virials"] = virials
                 result["stress"] = stress
             if compute_edge_forces or (compute_atomic_stresses and self.interaction):

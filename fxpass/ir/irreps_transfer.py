@@ -80,11 +80,12 @@ def transfer(node: fx.Node) -> Result:
     if target is aten.cat.default:
         return _cat(node, value), None
     if target is aten.slice.Tensor and irreps[0] is not None:
-        axis, start, end = (*node.args[1:], 0, 0, None)[:3]
+        axis, start = (*node.args[1:], 0, 0)[:2]
         rank = value.dim()
         if axis in (-1, rank - 1):
-            end = value.shape[-1] + start if isinstance(start, int) and isinstance(value.shape[-1], int) else None
-            return (slice_irreps(irreps[0], start, end) if isinstance(start, int) and isinstance(end, int) else None), None
+            width = value.shape[-1]
+            known = isinstance(start, int) and start >= 0 and isinstance(width, int)
+            return (slice_irreps(irreps[0], start, start + width) if known else None), None  # type: ignore[operator, arg-type]
         return irreps[0], None
     return None, None
 

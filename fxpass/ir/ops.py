@@ -286,6 +286,10 @@ def _no_operands(node: fx.Node) -> dict[str, tuple[fx.Node, str | None]]:
     return {}
 
 
+def _no_summary(node: fx.Node) -> str:
+    return ""
+
+
 def _first_irreps(node: fx.Node) -> str | None:
     return node.args[0].meta.get("irreps")  # type: ignore[union-attr]
 
@@ -322,8 +326,15 @@ SEMANTIC: dict[OpOverload, SemanticOp] = {
     ),
     linear: SemanticOp("linear", reference.linear, _linear_summary, _linear_cost, _linear_irreps, _linear_operands),
     polynomial: SemanticOp(
-        "polynomial", reference.polynomial, _polynomial_summary, _polynomial_cost, _polynomial_irreps, _polynomial_operands
+        "polynomial",
+        reference.polynomial,
+        _polynomial_summary,
+        _polynomial_cost,
+        _polynomial_irreps,
+        _polynomial_operands,
     ),
-    gather: SemanticOp("gather", reference.gather, lambda node: "", _zero_flops, _first_irreps, _no_operands),
-    scatter_sum: SemanticOp("scatter_sum", reference.scatter_sum, lambda node: "", _scatter_cost, _first_irreps, _no_operands),
+    gather: SemanticOp("gather", reference.gather, _no_summary, _zero_flops, _first_irreps, _no_operands),
+    scatter_sum: SemanticOp(
+        "scatter_sum", reference.scatter_sum, _no_summary, _scatter_cost, _first_irreps, _no_operands
+    ),
 }

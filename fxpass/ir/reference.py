@@ -96,7 +96,7 @@ def assemble(pieces: dict[int, list[Tensor]], lengths: Sequence[tuple[int, int]]
                 total = total + piece
             columns.append(total)
         elif length:
-            columns.append(like.new_zeros(like.shape[:-1] + (length,)))
+            columns.append(like.new_zeros((*like.shape[:-1], length)))
     return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
 

@@ -64,11 +64,22 @@ def trace_program(
         _inherit_provenance(traced.graph)
     names = {id(t): name.replace(".", "_") for name, t in reversed(list(constants.items()))}
     module = _adopt(traced, names)
+    taken = {node.name for node in module.graph.nodes}
     for node, spec in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.name = node.target = spec.name
+        node.target = spec.name
+        _rename(node, spec.name, taken)
         node.meta["irreps"] = spec.irreps
+    for node in module.graph.find_nodes(op="get_attr"):
+        _rename(node, str(node.target), taken)
     module.recompile()
     return Program(module, inputs, outputs, stage=stage, energy=energy), frozen_sizes(fakes)
+
+
+def _rename(node: fx.Node, name: str, taken: set[str]) -> None:
+    """Call ``node`` by what it stands for, where that name is free."""
+    if name not in taken:
+        taken.add(name)
+        node.name = name
 
 
 def _adopt(traced: fx.GraphModule, names: Mapping[int, str]) -> fx.GraphModule:

@@ -134,9 +134,9 @@ class _Liveness:
         return True
 
     def moved(self, node: fx.Node, mask: Mask) -> bool:
-        """An op that moves elements, run on their numbers to see from where to where; padding has the number zero."""
+        """An op that moves elements, run on their numbers to see from where to where."""
         numbers: dict[fx.Node, Any] = {}
-        count = 1
+        count = 0
         for operand in filter(is_tensor, node.all_input_nodes):
             size = prod(extents(operand))
             numbers[operand] = torch.arange(count, count + size).reshape(extents(operand))
@@ -259,7 +259,7 @@ TRANSFER: dict[Any, Callable[[_Liveness, fx.Node, Mask], bool]] = {
         (
             *(*RESHAPES, aten.slice.Tensor, aten.select.int, aten.cat.default, aten.stack.default, aten.expand.default),
             *(aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim),
-            *(aten.clone.default, aten.alias.default, aten.detach.default, aten.constant_pad_nd.default),
+            *(aten.clone.default, aten.alias.default, aten.detach.default),
         ),
         _Liveness.moved,
     ),

@@ -1,4 +1,4 @@
-"""Rules that compute a slice of columns instead of slicing them out: what ``specialize-heads`` cleans up with."""
+"""Rules that compute some columns instead of slicing them out or masking others: used by ``specialize-heads``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fxpass.algebra.irreps import segments
 from fxpass.algebra.multilinear import Linear, LinearPath, parse_linear
 from fxpass.ir import ops
 from fxpass.ir.metadata import provenance
-from fxpass.ir.program import Program
+from fxpass.ir.program import Program, attribute
 from fxpass.rewrite import Builder, Lit, Match, Op, Refused, Rule, Var, refuse
 
 from .constants import constant_value, constants, taking_over, weight_name
@@ -49,7 +49,7 @@ def slice_of_pointwise(match: Match, program: Program, builder: Builder, *, y: f
 
 def is_cuttable(match: Match, program: Program, *, x: Any, weight: fx.Node, spec: str, **cut: Any) -> Refused | None:
     lin = parse_linear(spec)
-    layout = lin.irreps_in if "pad" in cut else lin.irreps_out
+    layout = lin.irreps_in if "mask" in cut else lin.irreps_out
     if [l for _, _, l, _ in segments(layout)] != [0]:
         return refuse(f"{layout} is not one segment of scalars", match.root)
     if not lin.shared or weight not in constants(program.graph):
@@ -63,12 +63,13 @@ def slice_of_linear(
     return _cut(match, program, builder, x, weight, spec, ALL, slice(cut["start"], cut["end"]))
 
 
-def linear_of_pad(
-    match: Match, program: Program, builder: Builder, *, x: Any, weight: Any, spec: str, pad: list[int]
+def linear_of_mask(
+    match: Match, program: Program, builder: Builder, *, x: Any, weight: Any, spec: str, mask: fx.Node
 ) -> fx.Node:
-    left, right = pad
-    (_, width, _, _), *_ = segments(parse_linear(spec).irreps_in)
-    return _cut(match, program, builder, x, weight, spec, slice(left, width - right), ALL)
+    kept = attribute(program, mask).nonzero().flatten().tolist()
+    rows = slice(kept[0], kept[-1] + 1)
+    block = builder.call(aten.slice.Tensor, x, 1, rows.start, rows.stop)
+    return _cut(match, program, builder, block, weight, spec, rows, ALL)
 
 
 def _cut(
@@ -99,18 +100,25 @@ def cut_linear(lin: Linear, weight: Tensor, rows: slice, columns: slice) -> tupl
 
 
 def narrowing(made_by: str) -> tuple[Rule, ...]:
-    """The rules, for slices of the last dimension that the pass ``made_by`` has made; others are left alone."""
+    """The rules, for slices and masks of columns that the pass ``made_by`` has made; others are left alone.
+
+    A mask is a buffer [columns] with ones in one block and zeros elsewhere.
+    """
 
     def own_slice(node: fx.Node) -> bool:
         return node.target is aten.slice.Tensor and provenance(node).made_by == made_by
 
+    def own_mask(node: fx.Node) -> bool:
+        factor = node.args[1] if node.target is aten.mul.Tensor else None
+        return isinstance(factor, fx.Node) and factor.op == "get_attr" and provenance(factor).made_by == made_by
+
     cut = Lit("dim", lambda dim: dim in (1, -1)), Lit("start"), Lit("end")
     x, weight, spec = Var("x"), Var("weight"), Lit("spec")
     gather, linear = Op(ops.gather, x, Var("index")), Op(ops.linear, x, weight, None, spec, "out")
-    padded = Op(ops.linear, Op(aten.constant_pad_nd.default, x, Lit("pad")), weight, None, spec, "out")
+    masked = Op(own_mask, x, Var("mask"))
     return (
         Rule("slice-of-gather", Op(own_slice, gather, *cut), None, slice_of_gather),
         Rule("slice-of-pointwise", Op(own_slice, Var("y", Op(POINTWISE, ...)), *cut), has_columns, slice_of_pointwise),
         Rule("slice-of-linear", Op(own_slice, linear, *cut), is_cuttable, slice_of_linear),
-        Rule("linear-of-pad", padded, is_cuttable, linear_of_pad),
+        Rule("linear-of-mask", Op(ops.linear, masked, weight, None, spec, "out"), is_cuttable, linear_of_mask),
     )

@@ -152,10 +152,10 @@ class _Head:
         self, match: Match, program: Program, builder: Builder, *, x: Any, mask: Any, zeros: Any, **_: Any
     ) -> fx.Node:
         _, channels, heads = zeros.meta["val"].shape
-        start = self.head * channels
-        kept = builder.call(aten.slice.Tensor, x, 1, start, start + channels)
-        padding = [start, (heads - 1 - self.head) * channels]
-        return taking_over(builder.call(aten.constant_pad_nd.default, kept, padding), match)
+        value = x.meta["val"]
+        kept = torch.zeros(heads, channels, dtype=value.dtype, device=value.device)
+        kept[self.head] = 1
+        return taking_over(builder.call(aten.mul.Tensor, x, builder.constant("head_mask", kept.flatten())), match)
 
 
 def _counts_rows(node: fx.Node, value: torch.Tensor) -> bool:
