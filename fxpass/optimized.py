@@ -100,7 +100,7 @@ class Optimized(nn.Module):
             return self
         if self.rebuild is None:
             raise UsageError(
-                f"this model was loaded from a file for {own} on {here} and cannot become {probe.dtype} on {probe.device}",
+                f"this model was loaded from a file made for {own} on {here}, and cannot become {probe.dtype} there",
                 hint="optimise the original checkpoint in that dtype and save it again",
             )
         new = self.rebuild(probe.dtype, probe.device)

@@ -195,11 +195,12 @@ class ContractionStandIn(nn.Module):
         self.spec = str(Polynomial(irreps.dim, tuple(names), str(irreps), f"1x{irrep_out}"))
         self.register_buffer("coefficients", coefficients.to(contraction.weights_max.dtype))
         self.weights = nn.ParameterList([contraction.weights_max, *contraction.weights])
+        self.outputs = outputs
         self.vanishes = not names  # parity forbids every product
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.vanishes:
-            return x.new_zeros((x.shape[0], x.shape[1] * self.coefficients.shape[2]))
+            return x.new_zeros((x.shape[0], x.shape[1] * self.outputs))
         weight = torch.cat(list(self.weights), dim=1)
         species, paths, channels = weight.shape
         rows = torch.matmul(y, weight.reshape(species, paths * channels)).reshape(-1, paths, channels)

@@ -103,8 +103,8 @@ class MaceFrontend:
             raise _refused(what, "radial_embedding.bessel_fn", basis, "")
 
     def reference(self, model: Any) -> tuple[nn.Module, tuple[str, ...]]:
-        replica = copy_model(model)
-        basis: Any = replica.radial_embedding.bessel_fn
+        replica: Any = copy_model(model)
+        basis = replica.radial_embedding.bessel_fn
         if type(basis).__name__ != "ChebychevBasis":
             return replica, ()
         replica.radial_embedding.bessel_fn = ChebyshevStandIn(basis, "radial_embedding.bessel_fn")

@@ -54,17 +54,17 @@ def verify(program: Program) -> None:
     fakes = fake_inputs([(s.name, s.dims, s.dtype) for s in program.inputs], SIZES)
     with fakes[0].fake_mode, torch.no_grad():
         returned = _Derive(program).run(*fakes)
-    sizes = {str(d): s for spec, f in zip(program.inputs, fakes, strict=True) for d, s in zip(spec.dims, f.shape, strict=True)}
+    sizes: dict[str, Any] = {}
+    for spec, fake in zip(program.inputs, fakes, strict=True):
+        sizes.update(zip(map(str, spec.dims), fake.shape, strict=True))
     for spec, value, node in zip(program.outputs, returned, program.results.values(), strict=True):
         shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.dims)
         same = len(shape) == value.dim() and all(
             str(a) == str(b) for a, b in zip(shape, value.shape, strict=True)
         )
         if not same or value.dtype != spec.dtype:
-            raise PassError(
-                f"the output {spec.name} is {list(value.shape)} of {value.dtype}, declared {list(spec.dims)} of {spec.dtype}",
-                where=_place(node),
-            )
+            found, declared = f"{list(value.shape)} of {value.dtype}", f"{list(spec.dims)} of {spec.dtype}"
+            raise PassError(f"the output {spec.name} is {found}, declared {declared}", where=_place(node))
     frozen = frozen_sizes(fakes)
     if frozen:
         raise PassError(f"the graph ties a size to a value: {'; '.join(frozen)}")
