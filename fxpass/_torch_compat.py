@@ -41,7 +41,8 @@ def o3() -> ModuleType:
     e3nn 0.4.4 unpickles its constants file, which holds ``slice`` objects; torch >= 2.6 refuses
     them unless they are allowed, so they are, for the time of this import.
     """
-    with torch.serialization.safe_globals([slice]):
+    # a first import inside a trace would leave e3nn's tables fake for ever
+    with torch.serialization.safe_globals([slice]), torch._C.DisableTorchFunction(), disable_current_modes():
         import e3nn.o3 as module
 
     return module

@@ -16,7 +16,15 @@ from torch import nn
 from . import capture as _capture  # noqa: F401  a subpackage imported later would replace fxpass.capture
 from . import package
 from .capture.capture import copy_model
-from .errors import FxpassError, Location, UnsupportedModelError, UsageError, VerificationError
+from .errors import (
+    FxpassError,
+    Location,
+    PackageError,
+    PassError,
+    UnsupportedModelError,
+    UsageError,
+    VerificationError,
+)
 from .frontends.base import Frontend, dtype_of
 from .instruments import bisect
 from .ir.program import Program
@@ -159,7 +167,12 @@ def load(path: str | Path) -> Optimized:
     Raises:
         PackageError: not a saved model, truncated, altered, or of a newer format.
     """
-    return assemble(package.load(Path(path)))
+    saved = package.load(Path(path))
+    try:
+        return assemble(saved)
+    except PassError as error:
+        what = f"{path} is damaged: {error.what}"
+        raise PackageError(what, where=error.where, hint="save the model again") from error
 
 
 def capture(model: nn.Module | str | Path) -> Program:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import keyword
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +34,8 @@ from .verify.receipt import Receipt
 FORMAT = 1
 MEMBERS = ("package.json", "program.json", "weights.npz")
 INSIDE_SCRIPT = "fxpass.zip"
+#: what zipfile, json, numpy and fx raise on members that are not what save wrote
+_DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError)
 _FUNCTIONS = {f"{f.__module__.lstrip('_')}.{f.__name__}": f for f in ARITHMETIC}
 #: string arguments of ATen ops that select a formula; any other string could name a file
 _STRINGS = frozenset({"rounding_mode", "approximate", "reduce", "indexing", "spec", "wrt"})
@@ -107,10 +111,12 @@ def save(saved: Saved, path: Path, *, overwrite: bool = False) -> None:
 
 def is_package(path: Path) -> bool:
     """Whether the file looks like one that :func:`save` wrote; nothing in it is run."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name == "package.json" or name.endswith(f"/extra/{INSIDE_SCRIPT}") for name in archive.namelist())
+    return any(name == "package.json" or name.endswith(f"/extra/{INSIDE_SCRIPT}") for name in names)
 
 
 def load(path: Path) -> Saved:
@@ -126,7 +132,7 @@ def load(path: Path) -> Saved:
     try:
         return replace(saved, script=torch.jit.load(str(path), map_location="cpu"))
     except RuntimeError as error:
-        what = f"{path} is damaged: {str(error).splitlines()[0]}"
+        what = f"{path} is damaged: {_reason(error)}"
         raise PackageError(what, hint="save the model again") from error
 
 
@@ -149,15 +155,16 @@ def read(path: Path) -> Saved:
         return Saved(program, facts["family"], facts["facts"], report)
     except PackageError as error:
         raise PackageError(f"{path}: {error.what}", hint=error.hint or "save the model again") from error
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
-        raise PackageError(
-            f"{path} is not a saved fxpass model, or it is truncated ({str(error).splitlines()[0]})",
-            hint="save the model again",
-        ) from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise PackageError(
-            f"{path} is damaged: {type(error).__name__}: {error}", hint="save the model again"
-        ) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        what = f"{path} is not a saved fxpass model, or it is truncated ({_reason(error)})"
+        raise PackageError(what, hint="save the model again") from error
+    except _DAMAGE as error:
+        what = f"{path} is damaged: {type(error).__name__}: {_reason(error)}"
+        raise PackageError(what, hint="save the model again") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _pack(saved: Saved) -> bytes:
@@ -244,7 +251,8 @@ def program_from_json(data: dict[str, Any], arrays: dict[str, np.ndarray]) -> Pr
     """Inverse of :func:`program_to_json`.
 
     Raises:
-        PackageError: the graph names something that is neither an ATen op, nor fxpass's, nor size arithmetic.
+        PackageError: the graph names something that is neither an ATen op, nor fxpass's, nor size arithmetic,
+            or an input, a weight or a keyword by what is not a name.
     """
     root = nn.Module()
     for name, array in arrays.items():
@@ -258,7 +266,9 @@ def program_from_json(data: dict[str, Any], arrays: dict[str, np.ndarray]) -> Pr
         args, kwargs = _decode(row["args"], nodes), _decode(row["kwargs"], nodes)
         if row["op"] not in ("placeholder", "get_attr", "call_function", "output"):
             raise PackageError(f"the package holds a node of kind {row['op']!r}, which programs do not have")
-        target = _resolve(row["target"]) if row["op"] == "call_function" else row["target"]
+        target = _resolve(row["target"]) if row["op"] == "call_function" else _identifier(row["target"])
+        if row["op"] == "output":
+            args = [tuple(args[0])]
         node = graph.create_node(row["op"], target, tuple(args), kwargs, name=row["name"])
         node.meta["custom"] = {"fxpass": row["custom"]} if row["custom"] else {}
         nodes[row["name"]] = node
@@ -315,6 +325,13 @@ def _resolve(name: str) -> Any:
     return op
 
 
+def _identifier(name: Any) -> str:
+    """``name``, which becomes part of the source code of the graph module."""
+    if not (isinstance(name, str) and name.isidentifier()) or keyword.iskeyword(name):
+        raise PackageError(f"the package names {name!r}, which is not a name")
+    return name
+
+
 def _encode(value: Any) -> Any:
     if isinstance(value, fx.Node):
         return {"node": value.name}
@@ -342,7 +359,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if kind == "node":
         return nodes[content]
     if kind == "dict":
-        return {k: _decode(v, nodes) for k, v in content.items()}
+        return {_identifier(k): _decode(v, nodes) for k, v in content.items()}
     if kind == "torch":
         found = getattr(torch, content)
         if not isinstance(found, (torch.dtype, torch.memory_format, torch.layout)):

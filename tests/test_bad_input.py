@@ -51,9 +51,8 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def paragraph(err: str, says: tuple[str, ...]) -> str:
     """The error at the end of what was written to standard error: one paragraph without a traceback."""
-    notes, _, message = err.rpartition("error: ")
     assert "Traceback" not in err
-    assert all(line.startswith("note: ") for line in notes.splitlines())
+    message = err.rpartition("error: ")[2]
     assert "\n\n" not in message.strip()
     for text in says:
         assert text in message, message
@@ -134,6 +133,11 @@ def write_nothing(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def write_broken_archive(path: Path) -> None:
+    """An archive whose end is there, and says that its list of members is where it is not."""
+    path.write_bytes(b"not a list" + b"PK\x05\x06\0\0\0\0\1\0\1\0\x0a\0\0\0\0\0\0\0\0\0")
+
+
 def write_pickle(path: Path) -> None:
     path.write_bytes(pickle.dumps({"weights": [1.0]}))
 
@@ -147,7 +151,8 @@ def write_half_a_potential(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "write", [write_text, write_nothing, write_pickle, write_checkpoint_of_a_dict, write_half_a_potential]
+    "write",
+    [write_text, write_nothing, write_broken_archive, write_pickle, write_checkpoint_of_a_dict, write_half_a_potential],
 )
 def test_a_file_that_is_no_checkpoint(refused: Refused, tmp_path: Path, write: Callable[[Path], None]) -> None:
     write(tmp_path / "some.model")

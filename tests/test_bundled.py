@@ -300,7 +300,7 @@ def test_second_derivatives(pair: tuple[SmallPotential, fxpass.Optimized]) -> No
 @pytest.mark.parametrize(
     "settings",
     [
-        Settings((6,), (-1.5,), features="4x0e", max_degree=1, layers=1),
+        Settings((6,), (-1.5,), features="4x0e", max_degree=0, layers=1),
         Settings((1, 6, 7, 8), (-1.0, -2.0, -3.0, -4.0), features="3x0o+6x0e+4x1o+2x1e+3x2e", max_degree=3, layers=3),
     ],
     ids=["scalars", "many irreps"],

@@ -28,8 +28,7 @@ from .doctor import cores
 from .options import Commands
 
 EXAMPLES = """
-fxpass bench example:small
-fxpass bench example:small --atoms 32 --repeat 3 --threads 1 --no-verify
+fxpass bench example:small --atoms 256 --threads 1
 """
 
 WARM_UP = 2  # calls that are not timed

@@ -147,13 +147,14 @@ def find_model(word: str) -> nn.Module | Path:
 
 def _is_pickle(path: Path) -> bool:
     """Whether the file is of ``torch.save`` (an archive with ``data.pkl``) or of ``pickle`` (protocol 2 and later)."""
-    if not path.is_file():
-        return False
-    if zipfile.is_zipfile(path):
+    try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80"
+    except zipfile.BadZipFile:
+        with path.open("rb") as file:
+            return file.read(1) == b"\x80"
+    except OSError:  # whoever has to read it says so
+        return False
 
 
 def find_structures(word: str | None) -> list[Structure]:

@@ -334,6 +334,8 @@ def monomials(poly: Polynomial, x: Tensor, directions: Sequence[Tensor]) -> Tens
 def _polynomial_gradient(poly: Polynomial, g: Tensor, values: Tensor) -> Tensor:
     """d/dx_i of sum_m g_m monomial_m, gathered per variable; rows are padded with a zero factor."""
     longest = max(map(len, poly.gradient), default=0)
+    if longest == 0:  # a constant
+        return g.new_zeros((poly.variables, 1)).expand(-1, g.shape[1])
     table = np.zeros((3, poly.variables, longest), dtype=np.int64)
     for i, rows in enumerate(poly.gradient):
         for k, row in enumerate(rows):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._torch_compat import fake_inputs, frozen_sizes, trace
-from ..errors import CaptureError, Location
+from ..errors import CaptureError, Location, PassError
 from .metadata import Provenance, provenance
 from .program import Program, Stage, TensorSpec
 
@@ -165,28 +165,50 @@ class Replay(fx.Interpreter):
         program: what to run.
         expand: op -> function that runs in its place (a legalisation).
         made_by: name of the pass, stored in the provenance of the nodes it makes.
+        differentiates: the replay is differentiated; an op that loses the derivative is an error.
     """
 
     def __init__(
-        self, program: Program, expand: Mapping[Any, Callable[..., Any]] | None = None, made_by: str = ""
+        self,
+        program: Program,
+        expand: Mapping[Any, Callable[..., Any]] | None = None,
+        made_by: str = "",
+        *,
+        differentiates: bool = False,
     ) -> None:
         super().__init__(program.graph_module, garbage_collect_values=False)
         self.expand = expand or {}
         self.made_by = made_by
+        self.differentiates = differentiates
         self.seen: set[Any] = set()
+        self.origin = Provenance()
 
     def run_node(self, n: fx.Node) -> Any:
         origin = provenance(n)
         if n.op == "call_function" and n.target in self.expand:
             origin = replace(origin, made_by=self.made_by)
-        with fx.traceback.annotate({"fxpass": asdict(origin)}):
-            result = super().run_node(n)
+        self.origin = origin
+        result = super().run_node(n)
+        if self.differentiates and _lost_derivative(n, result, self.env):
+            raise PassError(
+                f"{n.target} has no derivative: autograd takes its result for a constant, and forces would be wrong",
+                where=Location(node=n.name, module_path=origin.module or None, source=origin.source or None),
+                hint="register one with torch.library.register_autograd, or a module rule that avoids the op",
+            )
         if isinstance(result, Tensor) and result.grad_fn is not None:
             self._tag(result.grad_fn, replace(origin, backward=True, made_by=self.made_by))
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return super().call_function(self.expand.get(target, target), args, kwargs)
+        # The interpreter has just made the node's own metadata current.  annotate() would write into the
+        # dictionary that the node holds, so a new one is put in its place for the time of the call.
+        current = fx.traceback.get_current_meta()
+        own = current.get("custom") or {}
+        current["custom"] = {**own, "fxpass": asdict(self.origin)}
+        try:
+            return super().call_function(self.expand.get(target, target), args, kwargs)
+        finally:
+            current["custom"] = own
 
     def _tag(self, grad_fn: Any, origin: Provenance) -> None:
         """Make the backward of every autograd node that this graph node added run under ``origin``."""
@@ -200,6 +222,30 @@ class Replay(fx.Interpreter):
             fn.register_prehook(scope.enter)
             fn.register_hook(scope.exit)
             stack.extend(next_fn for next_fn, _ in fn.next_functions)
+
+
+#: ops whose floating results do not depend on the values of their operands, or are cut from them on purpose
+_CONSTANT = frozenset(
+    {
+        torch.ops.aten.zeros_like.default,
+        torch.ops.aten.ones_like.default,
+        torch.ops.aten.full_like.default,
+        torch.ops.aten.new_zeros.default,
+        torch.ops.aten.new_ones.default,
+        torch.ops.aten.new_full.default,
+        torch.ops.aten.detach.default,
+    }
+)
+
+
+def _lost_derivative(node: fx.Node, result: Any, env: Mapping[fx.Node, Any]) -> bool:
+    """Whether a floating result hangs on a differentiated operand that autograd does not see."""
+    if node.op != "call_function" or node.target in _CONSTANT:
+        return False
+    if not isinstance(result, Tensor) or not result.is_floating_point() or result.requires_grad:
+        return False
+    operands = (env[n] for n in node.all_input_nodes)
+    return any(isinstance(x, Tensor) and x.requires_grad for x in operands)
 
 
 class _Scope:
@@ -247,8 +293,9 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 def record_sources(graph: fx.Graph) -> None:
-    """Add ``file:line`` of the innermost frame outside torch and fxpass to every node's provenance."""
-    skipped = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+    """Add ``file:line`` of the innermost frame outside torch and this compiler to every node's provenance."""
+    own_rooms = (str(Path(__file__).parent.parent / room) for room in ("ir", "capture", "frontends", "_torch_compat"))
+    skipped = (str(Path(torch.__file__).parent), *own_rooms)
     for node in graph.nodes:
         frames = _FRAME.findall(node.meta.get("stack_trace") or "")
         own = [(f, line) for f, line in frames if not f.startswith(skipped) and not f.startswith("<")]

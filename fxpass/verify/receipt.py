@@ -239,7 +239,8 @@ def make_receipt(
     scaled: dict[str, float] = {}
     if original is not None and dtype == "float32" and exactness is not Exactness.APPROXIMATE:
         shares = _own_shares(measured, bounds)
-        scaled = {q: float(np.maximum(OWN_ERROR_FACTOR * share, OWN_ERROR_FLOOR)) for q, share in shares.items()}
+        floor = {"forces": OWN_ERROR_FLOOR}  # energy and stress keep the whole of their rows
+        scaled = {q: float(np.maximum(OWN_ERROR_FACTOR * share, floor.get(q, 1.0))) for q, share in shares.items()}
     for case in measured:
         rows += _value_rows(case, bounds, scaled)
     for case in measured:

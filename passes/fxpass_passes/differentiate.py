@@ -17,11 +17,10 @@ from fxpass.passes import Exactness, Outcome, Pass
 class Differentiate(Pass):
     """Append dE/d(edge vector) to the outputs, as graph.
 
-    Before:
-        energy = f(edge_vectors, ...)
-    After:
-        energy = f(edge_vectors, ...)
-        edge_gradient = transposed f applied to 1, in ops of the same set
+    Before / After:
+
+        energy = f(edge_vectors, ...)       energy = f(edge_vectors, ...)
+                                            edge_gradient = transposed f applied to 1, in ops of the same set
 
     The gradient [edges, 3] (eV/Angstrom) is all that forces, virials, per-atom virials and per-edge forces
     need: with r_ij = r_j - r_i + shift, F_i = sum_j g_ij - sum_j g_ji and the virial is sum r_ij (x) g_ij.
@@ -43,7 +42,7 @@ class Differentiate(Pass):
         gradient = TensorSpec("edge_gradient", vectors.dims, vectors.dtype, vectors.irreps, "eV/Angstrom")
 
         def body(*inputs: torch.Tensor) -> list[Any]:
-            values = Replay(program, made_by=self.name).run(*inputs)
+            values = Replay(program, made_by=self.name, differentiates=True).run(*inputs)
             (g,) = torch.autograd.grad(values[energy].sum(), inputs[at])
             return [*(v.detach() for v in values), g]
 

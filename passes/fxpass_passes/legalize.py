@@ -16,10 +16,9 @@ from fxpass.passes import Application, Exactness, Outcome, Pass
 class Legalize(Pass):
     """Replace every semantic op by its reference implementation in ATen, so that any target can carry the graph.
 
-    Before:
-        y = fxpass.linear(x, w, None, "32x0e|16x0e|...", "out")
-    After:
-        v = aten.view(w, [32, 16]);  y = aten.mm(x, aten.mul(v, 0.176...))
+    Before / After:
+
+        y = linear(x, w, "32x0e|16x0e")     y = mm(x, mul(view(w, [32, 16]), 0.176...))
 
     Holds when: always; the reference implementation defines the op.
 
