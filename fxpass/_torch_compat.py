@@ -140,8 +140,9 @@ def load_pickle(path: str) -> Any:
 
 def pickle_names(path: str, text: str) -> bool:
     """Whether a torch checkpoint mentions ``text``, e.g. a module name; nothing is unpickled."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            return any(text.encode() in archive.read(name) for name in names)
+    except zipfile.BadZipFile:
         return False
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        return any(text.encode() in archive.read(name) for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from .errors import (
 from .frontends.base import Frontend, dtype_of
 from .instruments import bisect
 from .ir.program import Program
+from .ir.snapshot import snapshot
 from .ir.verifier import verify as verify_program
 from .optimized import Optimized
 from .passes import Exactness, Pass
@@ -38,7 +40,7 @@ from .runner import Observer, RunResult, run
 from .structures import Evaluator, Structure, probe_structures, read_structures
 from .targets.base import Target
 from .verify.receipt import Receipt, make_receipt
-from .verify.tolerances import parse_budget
+from .verify.tolerances import parse_budget, tolerance
 
 #: a :class:`Structure`, ASE atoms, the path of a file with structures, or a list of these
 Example = Any
@@ -112,51 +114,54 @@ def optimize(
     backend: Target = registry.target(target)()
     allowed = None if budget is None else parse_budget(budget)
     structures = tuple(_structures(example))
-    model, frontend = open_model(model)
-    facts = frontend.attributes(model)
-    reference, caveats = frontend.reference(model)
-    for structure in structures:
-        structure.check(facts["numbers"])
-    folder = None if dump is None else _new_folder(Path(dump))
     clock = _Clock(told=progress)
-    keeper = _Keeper()
     with torch.inference_mode(False), torch.enable_grad():
+        original, frontend = open_model(model)
+        source = copy_model(original)  # what comes of the original later is not the result's concern
+        facts = frontend.attributes(source)
+        reference, caveats = frontend.reference(source)
+        judged = _Verification(reference, frontend, facts, _exactness(chosen), allowed, registry.target("eager")())
+        if verify:
+            tolerance(facts["dtype"], judged.exactness, allowed)  # refuses what could not be judged at the end
+        for structure in structures:
+            structure.check(facts["numbers"])
+        folder = None if dump is None else _new_folder(Path(dump))
+        watchers = observers if folder is None else (*observers, _Dump(folder))
         with clock.stage("capture"):
-            captured = frontend.capture(model)
+            captured = frontend.capture(source)
             verify_program(captured)
         with clock.stage("passes"):
-            result = run(captured, chosen, check=verify_program, observers=(*observers, keeper))
+            result = run(captured, chosen, check=verify_program, observers=watchers)
             if result.program.stage == "energy":
-                result = _continue(result, resolve("differentiate", registry), (*observers, keeper))
+                result = _continue(result, resolve("differentiate", registry), watchers)
         with clock.stage(f"lower to {target}"):
             legal = _legal(result.program, backend, registry)
             interface = _lower(legal.program, backend, frontend, facts)
-    report = Report(
-        model=f"{type(model).__module__}.{type(model).__qualname__}",
-        frontend=frontend.name,
-        pipeline=format_passes(chosen),
-        target=target,
-        versions=_versions(),
-        records=(*result.records, *legal.records),
-        warnings=caveats if verify else (*caveats, UNVERIFIED),
-    )
-    receipt = None
-    if verify:
-        with clock.stage("verify"):
-            judged = _Verification(reference, frontend, facts, _exactness(chosen), allowed, registry.target("eager")())
-            probes = (*judged.probes(), *structures)
-            receipt = judged.receipt(interface, legal.program, probes)
-            if not receipt.passed:
-                raise judged.failure(receipt, captured, chosen, probes, registry)
-    report = replace(report, timings=tuple(clock.timings), receipt=receipt)
-    if folder is not None:
-        _dump(folder, keeper, report)
+        receipt = None
+        if verify:
+            with clock.stage("verify"):
+                probes = (*judged.probes(), *structures)
+                receipt = judged.receipt(interface, legal.program, probes)
+        report = Report(
+            model=f"{type(original).__module__}.{type(original).__qualname__}",
+            frontend=frontend.name,
+            pipeline=format_passes(chosen),
+            target=target,
+            versions=_versions(),
+            records=(*result.records, *legal.records),
+            timings=tuple(clock.timings),
+            receipt=receipt,
+            warnings=caveats if verify else (*caveats, UNVERIFIED),
+        )
+        if folder is not None:
+            (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        if receipt is not None and not receipt.passed:
+            raise judged.failure(receipt, captured, chosen, probes, registry)
 
     def rebuild(dtype: torch.dtype, device: torch.device) -> Optimized:
         if device.type != "cpu":
             raise UsageError(f"an optimised model cannot move to {device} yet", hint="the original model there")
-        other = copy_model(model).to(dtype)
-        return optimize(other, chosen, example=structures, target=target, budget=budget, verify=verify)
+        return optimize(copy_model(source).to(dtype), chosen, example=structures, target=target, budget=budget, verify=verify)
 
     return Optimized(interface, result.program, report, frontend, backend, facts, rebuild)
 
@@ -354,17 +359,24 @@ def _versions() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-class _Keeper:
-    """Keeps the program after every pass that changed it."""
+class _Dump:
+    """Writes every graph that passes change as soon as it is there, so that a failure leaves what led to it."""
 
-    def __init__(self) -> None:
-        self.steps: list[tuple[PassRecord, Program, Program]] = []
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done = 0
 
     def on_pass_start(self, pass_: Pass, program: Program) -> None:
-        pass
+        if self.done == 0:
+            self._write("captured", program)
 
     def on_pass_end(self, record: PassRecord, before: Program, after: Program) -> None:
-        self.steps.append((record, before, after))
+        self.done += 1
+        if record.modified:
+            self._write(record.name, after)
+
+    def _write(self, title: str, program: Program) -> None:
+        (self.folder / f"{self.done:02d}-{title}.txt").write_text(snapshot(program, title).code() + "\n")
 
 
 @dataclass(frozen=True)
@@ -446,17 +458,4 @@ def _new_folder(path: Path) -> Path:
     except OSError as error:
         raise UsageError(f"the folder {path} cannot be made: {error.strerror}") from error
     return path
-
-
-def _dump(folder: Path, keeper: _Keeper, report: Report) -> None:
-    import json
-
-    from .ir.snapshot import snapshot
-
-    if keeper.steps:
-        (folder / "00-captured.txt").write_text(snapshot(keeper.steps[0][1], "captured").code() + "\n")
-    for number, (record, _, after) in enumerate(keeper.steps, start=1):
-        if record.modified:
-            (folder / f"{number:02d}-{record.name}.txt").write_text(snapshot(after, record.name).code() + "\n")
-    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
 

@@ -164,7 +164,7 @@ def read(path: Path) -> Saved:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _pack(saved: Saved) -> bytes:

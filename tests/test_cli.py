@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -292,6 +293,15 @@ def test_doctor_fails_where_something_essential_is_off(fxpass_: Fxpass, monkeypa
     assert told.code == 1
     assert 'Try: pip install "torch==1.4.*"' in told.out
     assert "Essential, and off: torch." in told.out
+
+
+def test_doctor_tells_that_fxpass_is_not_installed(fxpass_: Fxpass, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: ())
+    told = fxpass_("doctor", "--json")
+    (failed,) = [check for check in told.data["checks"] if check["state"] == "FAILED"]
+    assert told.code == 1
+    assert "not installed" in failed["found"]
+    assert "pip install" in failed["hint"]
 
 
 # --- optimize, verify, inspect

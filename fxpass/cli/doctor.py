@@ -93,18 +93,19 @@ def _version(name: str, tested: tuple[str, ...]) -> Check:
 def _extras() -> Iterator[Check]:
     """The optional packages, by extra; the pip line for those that are absent."""
     extras: dict[str, list[str]] = {}
-    for requirement in metadata.requires("fxpass") or []:
+    for requirement in (installed("fxpass") and metadata.requires("fxpass")) or []:
         if found := re.match(r"""([\w.-]+).*;.*extra == ["'](\w+)["']""", requirement):
             extras.setdefault(found[2], []).append(found[1])
     extras.pop("dev", None)
     for extra, packages in sorted(extras.items()):
-        missing = [name for name in packages if _found(name) is None]
-        versions = ", ".join(f"{name} {_found(name) or 'absent'}" for name in packages)
+        missing = [name for name in packages if installed(name) is None]
+        versions = ", ".join(f"{name} {installed(name) or 'absent'}" for name in packages)
         hint = f'pip install "fxpass[{extra}]"' if missing else ""
         yield Check(f"extra {extra}", "note" if missing else "ok", versions, hint)
 
 
-def _found(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Version of an installed package, ``None`` where it is absent."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

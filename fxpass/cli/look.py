@@ -132,7 +132,7 @@ def _sizes(text: str) -> dict[str, float]:
     sizes = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        if not value.strip().isdigit():
+        if not value.strip().isdecimal():
             raise UsageError(f"{part.strip()!r} is not a size", hint="--at atoms=108,edges=4600")
         sizes[name.strip()] = float(value)
     return sizes

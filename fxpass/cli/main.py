@@ -9,12 +9,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 
 from ..errors import FxpassError, UsageError
 from ..registry import did_you_mean
 from . import bench, catalogue, doctor, look, optimize
 from .answer import foreign_output_on_stderr, quiet
+from .doctor import installed
 from .options import Commands, Parser
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -62,7 +62,7 @@ def build_parser() -> tuple[Parser, Commands]:
         epilog="fxpass COMMAND --help tells more and ends in examples. Exit codes: 0 done, 1 a check failed, 2 usage.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"fxpass {metadata.version('fxpass')}")
+    parser.add_argument("--version", action="version", version=f"fxpass {installed('fxpass') or '(not installed)'}")
     commands = Commands(parser)
     for module in (optimize, look, catalogue, bench, doctor):
         module.add_to(commands)
