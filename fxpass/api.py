@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import capture as _capture  # noqa: F401  a subpackage imported later would replace fxpass.capture
 from . import package
 from .capture.capture import copy_model
 from .errors import (
@@ -161,7 +161,8 @@ def optimize(
     def rebuild(dtype: torch.dtype, device: torch.device) -> Optimized:
         if device.type != "cpu":
             raise UsageError(f"an optimised model cannot move to {device} yet", hint="the original model there")
-        return optimize(copy_model(source).to(dtype), chosen, example=structures, target=target, budget=budget, verify=verify)
+        other = copy_model(source).to(dtype)
+        return optimize(other, chosen, example=structures, target=target, budget=budget, verify=verify)
 
     return Optimized(interface, result.program, report, frontend, backend, facts, rebuild)
 
@@ -217,26 +218,26 @@ def verify(
         probes: compare on the frontend's probe structures too.
     """
     registry = default_registry()
-    model, frontend = open_model(against)
-    if frontend.name != optimized.frontend.name:
-        raise UsageError(f"the original is of the family {frontend.name}, the result of {optimized.frontend.name}")
-    facts = frontend.attributes(model)
-    for key in ("numbers", "heads", "cutoff"):
-        if facts.get(key) != optimized.facts.get(key):
-            raise VerificationError(
-                f"this is not the original: {key} is {facts.get(key)} there, {optimized.facts.get(key)} in the result"
-            )
-    own = getattr(torch, optimized.facts["dtype"])
-    if dtype_of(model) != own:
-        model = copy_model(model).to(own)
-    model, _ = frontend.reference(model)
-    chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
     allowed = None if budget is None else parse_budget(budget)
-    judged = _Verification(model, frontend, facts, _exactness(chosen), allowed, registry.target("eager")())
-    structures = [*(judged.probes() if probes else ()), *_structures(example)]
+    given = tuple(_structures(example))
     with torch.inference_mode(False), torch.enable_grad():
-        legal = _legal(optimized.program, registry.target("eager")(), registry).program
-        return judged.receipt(optimized.interface, legal, structures)
+        model, frontend = open_model(against)
+        if frontend.name != optimized.frontend.name:
+            raise UsageError(f"the original is of the family {frontend.name}, the result of {optimized.frontend.name}")
+        facts = frontend.attributes(model)
+        for key in ("numbers", "heads", "cutoff"):
+            there, here = facts.get(key), optimized.facts.get(key)
+            if there != here:
+                raise VerificationError(f"this is not the original: {key} is {there} there, {here} in the result")
+        own = getattr(torch, optimized.facts["dtype"])
+        if dtype_of(model) != own:
+            model = copy_model(model).to(own)
+        model, _ = frontend.reference(model)
+        chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
+        eager: Target = registry.target("eager")()
+        judged = _Verification(model, frontend, facts, _exactness(chosen), allowed, eager)
+        legal = _legal(optimized.program, eager, registry).program
+        return judged.receipt(optimized.interface, legal, (*(judged.probes() if probes else ()), *given))
 
 
 def open_model(model: nn.Module | str | Path) -> tuple[nn.Module, Frontend]:
@@ -430,6 +431,7 @@ class _Verification:
         bad = {row.structure for row in receipt.failures}
         suspects = [s for s in probes if s.name in bad]
 
+        @cache
         def is_good(program: Program) -> bool:
             if program.stage == "energy":
                 program = run(program, resolve("differentiate", registry), check=verify_program).program

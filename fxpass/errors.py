@@ -48,7 +48,8 @@ class FxpassError(Exception):
         if place:
             text += f" [{place}]"
         if self.hint:
-            text += f" Try: {self.hint}"
+            stop = "" if text.endswith((".", "?", "!")) or "\n" in text else "."
+            text += f"{stop} Try: {self.hint}"
         return text
 
 

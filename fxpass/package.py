@@ -35,7 +35,10 @@ FORMAT = 1
 MEMBERS = ("package.json", "program.json", "weights.npz")
 INSIDE_SCRIPT = "fxpass.zip"
 #: what zipfile, json, numpy and fx raise on members that are not what save wrote
-_DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError)
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, SyntaxError, TypeError, ValueError),
+)
 _FUNCTIONS = {f"{f.__module__.lstrip('_')}.{f.__name__}": f for f in ARITHMETIC}
 #: string arguments of ATen ops that select a formula; any other string could name a file
 _STRINGS = frozenset({"rounding_mode", "approximate", "reduce", "indexing", "spec", "wrt"})

@@ -433,9 +433,9 @@ def test_no_budget_buys_forces_that_are_no_gradient() -> None:
 
 
 def test_a_pass_that_breaks_the_graph_is_named_with_the_node(tmp_path: Path) -> None:
-    watcher = Watcher()
+    watcher, passes = Watcher(), ["dead-code", BreakShape(), "dead-code"]
     with pytest.raises(fxpass.PassError) as found:
-        fxpass.optimize(model(), ["dead-code", BreakShape(), "dead-code"], observers=[watcher], dump=tmp_path / "graphs")
+        fxpass.optimize(model(), passes, observers=[watcher], dump=tmp_path / "graphs")
     error = found.value
     assert (error.where.pass_name, error.where.node) == ("break-shape", "misfit")
     assert "passes that ran before: dead-code" in str(error)

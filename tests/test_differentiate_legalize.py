@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fxpass_passes.differentiate import Differentiate
-from fxpass_passes.legalize import Legalize
-from test_capture import Pair, captured, inputs
 
 import fxpass
 from fxpass.ir import ops
@@ -16,6 +13,9 @@ from fxpass.ir.program import Program
 from fxpass.models import small_potential
 from fxpass.testing.contract import PassContract
 from fxpass.testing.golden import graph_text
+from fxpass_passes.differentiate import Differentiate
+from fxpass_passes.legalize import Legalize
+from test_capture import Pair, captured, inputs
 
 
 def energy() -> Program:

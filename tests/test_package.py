@@ -116,7 +116,7 @@ def test_another_dtype_is_refused_with_advice(whole: bytes, tmp_path: Path) -> N
     assert loaded.float() is loaded
     assert loaded.to("cpu") is loaded
     for convert in (loaded.double, lambda: loaded.to(torch.float64), loaded.half):
-        with pytest.raises(fxpass.UsageError, match="loaded from a file made for torch.float32") as found:
+        with pytest.raises(fxpass.UsageError, match=r"loaded from a file made for torch\.float32") as found:
             convert()
         assert "original checkpoint" in str(found.value.hint)
     assert_same_bits(loaded, fxpass.load(path), torch.float32)  # nothing was half converted
@@ -124,9 +124,8 @@ def test_another_dtype_is_refused_with_advice(whole: bytes, tmp_path: Path) -> N
 
 @pytest.mark.mace
 def test_a_mace_model_loads_without_mace(tmp_path: Path) -> None:
-    from mace_models import build as build_mace
-
     from fxpass.frontends.mace import mace_batch
+    from mace_models import build as build_mace
 
     original = fxpass.optimize(build_mace(l_max=1, layers=1, correlation=2), "exact", verify=False)
     original.save(tmp_path / "model.fxp")
@@ -458,7 +457,7 @@ def test_keywords_become_no_code(
 
 @pytest.mark.parametrize(
     "value",
-    [{"torch": "load"}, {"torch": "no_such"}, {"device": "no such"}, {"object": 1}, {"node": "later"}, {"a": 1, "b": 2}],
+    [{"torch": "load"}, {"torch": "none"}, {"device": "none"}, {"object": 1}, {"node": "later"}, {"a": 1, "b": 2}],
     ids=str,
 )
 def test_an_argument_of_no_known_kind(refused: Refused, whole: bytes, value: dict[str, Any]) -> None:
@@ -508,6 +507,6 @@ def test_a_save_that_fails_half_way_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left|cannot be written"):
+    with pytest.raises(OSError, match="No space left"):
         result.save(path, overwrite=True)
     assert listing(tmp_path) == {"model.fxp": b"precious"}

@@ -329,12 +329,12 @@ class Careless(Pass):
 @pytest.mark.parametrize(
     ("passes", "error", "said"),
     [
-        ("", PipelineError, "the pipeline text is empty Try: passes=[]"),
+        ("", PipelineError, "the pipeline text is empty. Try: passes=[]"),
         (["tidy", " \n"], PipelineError, "the pipeline text is empty"),
         (None, UsageError, "passes is None"),
         (3, UsageError, "passes is 3"),
         ([3], UsageError, "3 is neither a name, nor a pipeline text, nor a pass"),
-        ([Tidy], UsageError, "Tidy is a pass class, not a pass Try: Tidy()"),
+        ([Tidy], UsageError, "Tidy is a pass class, not a pass. Try: Tidy()"),
         ([Careless()], UsageError, "the pass class Careless is not decorated with @dataclass(frozen=True)"),
         ([["tidy"]], UsageError, "['tidy'] is neither"),
         (["tidi"], PipelineError, "there is no pass or preset 'tidi'; did you mean 'tidy'?"),
@@ -378,7 +378,7 @@ def complaint(text: str) -> str:
 def marked(message: str) -> str:
     """The part of the shown line that the carets are under."""
     _, line, carets = message.split("\n")[-3:]
-    carets = carets.split(" Try:")[0]
+    carets = carets.split(". Try:")[0]
     return line[len(carets) - carets.count("^") : len(carets)]
 
 
@@ -449,7 +449,7 @@ def test_an_error_in_full() -> None:
     assert complaint("tidy,tabulate{ordr=5}") == (
         "the pass 'tabulate' has no option 'ordr'; did you mean 'order'?\n"
         "    tidy,tabulate{ordr=5}\n"
-        "                  ^^^^ Try: one of order, budget"
+        "                  ^^^^. Try: one of order, budget"
     )
 
 

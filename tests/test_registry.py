@@ -145,7 +145,7 @@ def test_nothing_is_imported_before_it_is_asked_for(
             "zzz",
             (PASSES, PRESETS),
             PipelineError,
-            "there is no pass or preset 'zzz' Try: one of computed, quick, sweep",
+            "there is no pass or preset 'zzz'. Try: one of computed, quick, sweep",
         ),
         ("eagre", (TARGETS,), UsageError, "there is no target 'eagre'; did you mean 'eager'? Try: one of eager"),
     ],
@@ -160,7 +160,7 @@ def test_an_unknown_name(
 
 
 def test_an_empty_group_says_what_is_needed() -> None:
-    with pytest.raises(PipelineError, match=r"there is no pass 'tidy' Try: a package that registers a pass"):
+    with pytest.raises(PipelineError, match=r"there is no pass 'tidy'. Try: a package that registers a pass"):
         Registry([]).pass_class("tidy")
 
 
@@ -270,7 +270,7 @@ def test_the_default_registry_has_the_shipped_passes() -> None:
 def test_a_bare_checkout_is_refused(monkeypatch: pytest.MonkeyPatch, distribute: Distribute, installed: bool) -> None:
     points = distribute("acme", "1.2", passes={"polish": f"{__name__}:Tidy"}) if installed else []
     monkeypatch.setattr(metadata, "entry_points", lambda *, group: [p for p in points if p.group == group])
-    with pytest.raises(UsageError, match=r"not installed: .* Try: \"pip install -e \.\""):
+    with pytest.raises(UsageError, match=r"not installed: .*. Try: \"pip install -e \.\""):
         default_registry()
 
 
