@@ -378,7 +378,7 @@ def complaint(text: str) -> str:
 def marked(message: str) -> str:
     """The part of the shown line that the carets are under."""
     _, line, carets = message.split("\n")[-3:]
-    carets = carets.split(". Try:")[0]
+    carets = carets.split(" Try:")[0]
     return line[len(carets) - carets.count("^") : len(carets)]
 
 
@@ -449,7 +449,7 @@ def test_an_error_in_full() -> None:
     assert complaint("tidy,tabulate{ordr=5}") == (
         "the pass 'tabulate' has no option 'ordr'; did you mean 'order'?\n"
         "    tidy,tabulate{ordr=5}\n"
-        "                  ^^^^. Try: one of order, budget"
+        "                  ^^^^ Try: one of order, budget"
     )
 
 
