@@ -154,6 +154,10 @@ def constant(v: Tensor, i: Tensor, s: Tensor) -> Tensor:
     return torch.ones(s.shape[0], dtype=v.dtype)
 
 
+def by_weights(v: Tensor, i: Tensor, s: Tensor) -> Tensor:
+    return torch.ones(7, dtype=v.dtype)
+
+
 def detached(v: Tensor, i: Tensor, s: Tensor) -> Tensor:
     return torch.zeros(s.shape[0], dtype=v.dtype) + v.new_ones(v.shape).pow(2).sum()
 
@@ -170,6 +174,7 @@ def uninitialised(v: Tensor, i: Tensor, s: Tensor) -> Tensor:
         (by_value, ("cannot be traced",)),
         (by_branch, ("cannot be traced",)),
         (constant, ("does not depend on edge_vectors",)),
+        (by_weights, ("depends on no input",)),
         (detached, ("does not depend on edge_vectors",)),
         (uninitialised, ("uninitialised",)),
     ],

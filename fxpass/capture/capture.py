@@ -162,22 +162,31 @@ def _check_complete(program: Program) -> None:
                 f"the graph holds an opaque {node.op} of {node.target}",
                 where=Location(node=node.name, module_path=provenance(node).module),
             )
-    reached = set()
-    stack = [program.results[program.energy]]
-    while stack:
-        node = stack.pop()
-        if node not in reached:
-            reached.add(node)
-            stack.extend(node.all_input_nodes)
-    for spec in program.with_property("edge_vector"):
-        if program.placeholders[spec.name] not in reached:
-            raise CaptureError(
-                f"the energy does not depend on {spec.name}: forces would be zero",
-                hint="check that forward computes the energy from the positions it is given, without detach",
-            )
     for name, node in program.results.items():
-        if not isinstance(node, fx.Node):
-            raise CaptureError(f"the output {name} is a constant and depends on no input")
+        behind = _behind(node)
+        if not any(n.op == "placeholder" for n in behind):
+            raise CaptureError(
+                f"the output {name} is a constant and depends on no input",
+                hint="check that forward computes it from what it is given",
+            )
+        for spec in program.with_property("edge_vector"):
+            if name == program.energy and program.placeholders[spec.name] not in behind:
+                raise CaptureError(
+                    f"the energy does not depend on {spec.name}: forces would be zero",
+                    hint="check that forward computes the energy from the positions it is given, without detach",
+                )
+
+
+def _behind(node: object) -> set[fx.Node]:
+    """All nodes that a result is computed from, and itself."""
+    found: set[fx.Node] = set()
+    stack = [node] if isinstance(node, fx.Node) else []
+    while stack:
+        last = stack.pop()
+        if last not in found:
+            found.add(last)
+            stack.extend(last.all_input_nodes)
+    return found
 
 
 def _checked_outputs(program: Program) -> tuple[TensorSpec, ...]:
@@ -199,24 +208,26 @@ def _checked_outputs(program: Program) -> tuple[TensorSpec, ...]:
 
 
 def depends_on_positions(program: Program) -> None:
-    """Proof by running: two inputs that differ in edge vectors only must give different, finite energies.
+    """Proof by running: two inputs that differ in edge vectors only must give different, finite outputs.
 
     Reachability alone does not show it: ``torch.ones_like(edge_vectors)`` is reached and constant.
 
     Raises:
-        CaptureError: the energy is the same, or not a number.
+        CaptureError: an output that is computed from edge vectors is the same, or not a number.
     """
-    index = [s.name for s in program.outputs].index(program.energy)
+    vectors = {program.placeholders[s.name] for s in program.with_property("edge_vector")}
     with torch.no_grad():
-        before, after = (program.graph_module(*_example(program, seed))[index] for seed in (0, 1))
-    if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
-        raise CaptureError("the captured energy of three atoms is not a number", hint="check the model's weights")
-    if torch.equal(before, after):
-        raise CaptureError(
-            f"the energy does not depend on {', '.join(s.name for s in program.with_property('edge_vector'))}: "
-            "it stays the same when atoms move",
-            hint="check that forward uses the positions it is given, and does not detach them",
-        )
+        runs = [program.graph_module(*_example(program, seed)) for seed in (0, 1)]
+    for (name, node), before, after in zip(program.results.items(), *runs, strict=True):
+        if not vectors & _behind(node):
+            continue
+        if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
+            raise CaptureError(f"the captured {name} of three atoms is not a number", hint="check the model's weights")
+        if torch.equal(before, after):
+            raise CaptureError(
+                f"the {name} does not depend on {', '.join(n.name for n in vectors)}: it stays the same when atoms move",
+                hint="check that forward uses the positions it is given, and does not detach them",
+            )
 
 
 def _example(program: Program, seed: int) -> list[Tensor]:
