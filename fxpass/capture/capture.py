@@ -224,8 +224,9 @@ def depends_on_positions(program: Program) -> None:
         if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
             raise CaptureError(f"the captured {name} of three atoms is not a number", hint="check the model's weights")
         if torch.equal(before, after):
+            moved = ", ".join(n.name for n in vectors)
             raise CaptureError(
-                f"the {name} does not depend on {', '.join(n.name for n in vectors)}: it stays the same when atoms move",
+                f"the {name} does not depend on {moved}: it stays the same when atoms move",
                 hint="check that forward uses the positions it is given, and does not detach them",
             )
 
