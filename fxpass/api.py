@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import package
+from .calibration import molecular_dynamics
 from .capture.capture import copy_model
 from .errors import (
     FxpassError,
@@ -37,8 +38,8 @@ from .pipeline import format_passes, resolve
 from .registry import FRONTENDS, PASSES, Registry, default_registry
 from .report import PassRecord, Report
 from .runner import Observer, RunResult, run
-from .structures import Evaluator, Structure, probe_structures, read_structures
-from .targets.base import Target
+from .structures import Evaluation, Evaluator, Structure, probe_structures, read_structures
+from .targets.base import Target, executable
 from .verify.receipt import Receipt, make_receipt
 from .verify.tolerances import parse_budget, tolerance
 
@@ -74,6 +75,7 @@ def optimize(
     passes: Passes = "default",
     *,
     example: Example | None = None,
+    calibration: Example | None = None,
     target: str = "eager",
     budget: str | float | None = None,
     verify: bool = True,
@@ -91,8 +93,11 @@ def optimize(
             ``differentiate`` is added at the end where the passes leave it out.
         example: structures to verify on besides the frontend's own: a :class:`Structure`, ASE atoms, a
             list of these, or the path of a file with structures.
+        calibration: structures that passes measure on while they choose, of the same kinds. Without them: the
+            frontend's own, or for passes that calibrate a short molecular dynamics started from these.
         target: how the result runs: ``"eager"``, ``"torchscript"`` or ``"inductor"``.
-        budget: force error that approximate passes may make, ``"1 meV/A"`` or a number in eV/Angstrom.
+        budget: force error that approximate passes may make, ``"1 meV/A"`` or a number in eV/Angstrom; goes to the
+            passes that state none of their own. The receipt allows it, or else the sum of what the passes state.
         verify: compare with the original in float64 and test the physics; ``False`` is noted in the report.
         dump: a folder to write every intermediate graph and the report to; it must not exist.
         observers: told about every pass that runs.
@@ -110,9 +115,12 @@ def optimize(
         VerificationError: the result is outside its tolerance; the pass that broke it is named.
     """
     registry = default_registry()
-    chosen = resolve(passes, registry)
+    chosen = tuple(_budgeted(pass_, budget) for pass_ in resolve(passes, registry))
     backend: Target = registry.target(target)()
-    allowed = None if budget is None else parse_budget(budget)
+    allowed = _allowed(chosen, budget)
+    learnt = None if calibration is None else tuple(_structures(calibration))
+    if learnt == ():
+        raise UsageError("the calibration set is empty", hint="structures like those the model will meet")
     structures = tuple(_structures(example))
     clock = _Clock(told=progress)
     with torch.inference_mode(False), torch.enable_grad():
@@ -123,13 +131,17 @@ def optimize(
         judged = _Verification(reference, frontend, facts, _exactness(chosen), allowed, registry.target("eager")())
         if verify:
             tolerance(facts["dtype"], judged.exactness, allowed)  # refuses what could not be judged at the end
-        for structure in structures:
+        for structure in (*structures, *(learnt or ())):
             structure.check(facts["numbers"])
         folder = None if dump is None else _new_folder(Path(dump))
         watchers = observers if folder is None else (*observers, _Dump(folder))
         with clock.stage("capture"):
             captured = frontend.capture(source)
             verify_program(captured)
+        with clock.stage("calibration"):
+            if learnt is None:
+                learnt = _own_samples(source, frontend, facts, any(pass_.calibrated for pass_ in chosen))
+            captured = _sampled(captured, frontend, facts, learnt)
         with clock.stage("passes"):
             result = run(captured, chosen, check=verify_program, observers=watchers)
             if result.program.stage == "energy":
@@ -162,7 +174,9 @@ def optimize(
         if device.type != "cpu":
             raise UsageError(f"an optimised model cannot move to {device} yet", hint="the original model there")
         other = copy_model(source).to(dtype)
-        return optimize(other, chosen, example=structures, target=target, budget=budget, verify=verify)
+        return optimize(
+            other, chosen, example=structures, calibration=learnt, target=target, budget=budget, verify=verify
+        )
 
     return Optimized(interface, result.program, report, frontend, backend, facts, rebuild)
 
@@ -181,17 +195,23 @@ def load(path: str | Path) -> Optimized:
         raise PackageError(what, where=error.where, hint="save the model again") from error
 
 
-def capture(model: nn.Module | str | Path) -> Program:
+def capture(model: nn.Module | str | Path, *, calibration: Example | None = None) -> Program:
     """The energy program of a model, verified, before any pass.
+
+    Args:
+        model: as for :func:`optimize`.
+        calibration: structures that passes measure on; by default the frontend's own.
 
     Raises:
         UnsupportedModelError, CaptureError: as for :func:`optimize`.
     """
     model, frontend = open_model(model)
     with torch.inference_mode(False), torch.enable_grad():
+        facts = frontend.attributes(model)
         program = frontend.capture(model)
         verify_program(program)
-    return program
+        learnt = tuple(_structures(calibration)) or _own_samples(model, frontend, facts, moving=False)
+        return _sampled(program, frontend, facts, learnt)
 
 
 def run_passes(program: Program, passes: Passes, *, observers: Sequence[Observer] = ()) -> RunResult:
@@ -214,11 +234,12 @@ def verify(
         optimized: what ``optimize`` or ``load`` returned.
         against: the original, or the path of its checkpoint.
         example: structures to compare on.
-        budget: for results of approximate passes.
+        budget: for results of approximate passes; by default that of their own receipt.
         probes: compare on the frontend's probe structures too.
     """
     registry = default_registry()
-    allowed = None if budget is None else parse_budget(budget)
+    own = optimized.report.receipt
+    allowed = parse_budget(budget) if budget is not None else own.budget if own is not None else None
     given = tuple(_structures(example))
     with torch.inference_mode(False), torch.enable_grad():
         model, frontend = open_model(against)
@@ -229,9 +250,9 @@ def verify(
             there, here = facts.get(key), optimized.facts.get(key)
             if there != here:
                 raise VerificationError(f"this is not the original: {key} is {there} there, {here} in the result")
-        own = getattr(torch, optimized.facts["dtype"])
-        if dtype_of(model) != own:
-            model = copy_model(model).to(own)
+        dtype = getattr(torch, optimized.facts["dtype"])
+        if dtype_of(model) != dtype:
+            model = copy_model(model).to(dtype)
         model, _ = frontend.reference(model)
         chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
         eager: Target = registry.target("eager")()
@@ -316,7 +337,7 @@ def _legal(program: Program, target: Target, registry: Registry) -> RunResult:
 def _lower(program: Program, target: Target, frontend: Frontend, facts: Mapping[str, Any]) -> nn.Module:
     forces = target.lower(program)
     energy = target.lower(program.without_gradient())
-    interface = frontend.interface(energy, forces, facts)
+    interface = frontend.interface(energy, forces, {**facts, "assumptions": list(program.assumptions)})
     interface.eval()
     return interface
 
@@ -324,6 +345,65 @@ def _lower(program: Program, target: Target, frontend: Frontend, facts: Mapping[
 def _continue(done: RunResult, passes: Sequence[Pass], observers: Sequence[Observer]) -> RunResult:
     more = run(done.program, passes, check=verify_program, observers=observers)
     return RunResult(more.program, (*done.records, *more.records))
+
+
+def _budgeted(pass_: Pass, budget: str | float | None) -> Pass:
+    """``pass_`` with the user's budget, where it takes one and states none."""
+    if budget is None or getattr(pass_, "budget", budget) is not None:
+        return pass_
+    return replace(pass_, budget=budget)  # type: ignore[call-arg]
+
+
+def _allowed(passes: Sequence[Pass], budget: str | float | None) -> float | None:
+    """The force error that a receipt allows, eV/Angstrom: the user's, or the sum of what the passes state."""
+    if budget is not None:
+        return parse_budget(budget)
+    stated = [getattr(pass_, "budget", None) for pass_ in passes if pass_.exactness is Exactness.APPROXIMATE]
+    if not stated or None in stated:
+        return None
+    return sum(parse_budget(b) for b in stated if b is not None)
+
+
+def _own_samples(
+    model: nn.Module, frontend: Frontend, facts: Mapping[str, Any], moving: bool
+) -> tuple[Structure, ...]:
+    """The probe structures; where they must be ``moving``, frames of short molecular dynamics from them."""
+    probes = probe_structures(facts["numbers"], facts["cutoff"])
+    if not moving:
+        return probes
+
+    def evaluate(structure: Structure) -> Evaluation:
+        return frontend.evaluate(model, structure)
+
+    runs = [molecular_dynamics(evaluate, p, temperature=600.0, steps=40, every=8) for p in probes if len(p) > 2]
+    return tuple(frame for run in runs for frame in run)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a lowered program, and keeps the inputs that the family's interface gives it."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self.run = executable(program)
+        self.taken: list[dict[str, Tensor]] = []
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        sample = {spec.name: value.detach() for spec, value in zip(self.program.inputs, inputs, strict=True)}
+        self.taken.append(sample)
+        (vectors,) = self.program.with_property("edge_vector")
+        return [*self.run(*inputs), torch.zeros_like(sample[vectors.name])]
+
+
+def _sampled(
+    program: Program, frontend: Frontend, facts: Mapping[str, Any], structures: Iterable[Structure]
+) -> Program:
+    """``program`` with the inputs that its family makes of ``structures``."""
+    recorder = _Recorder(program)
+    interface = frontend.interface(recorder, recorder, facts)
+    for structure in structures:
+        frontend.evaluate(interface, structure)
+    return replace(program, samples=tuple(recorder.taken))
 
 
 def _structures(example: Any) -> Iterator[Structure]:
@@ -405,7 +485,7 @@ class _Verification:
         single = dtype == "float32"
         reference = self.evaluator(copy_model(self.model).double())
         twin = None
-        if single:
+        if single or self.exactness is Exactness.APPROXIMATE:  # which may compute in more than one type
             facts = {**self.facts, "dtype": "float64"}
             twin = self.evaluator(_lower(legal.cast(torch.float64), self.eager, self.frontend, facts))
         return make_receipt(

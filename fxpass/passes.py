@@ -66,11 +66,16 @@ class Pass:
         name: kebab-case name, unique in a registry.
         exactness: how far the pass may move the result.
         stages: the stages of a program on which the pass runs.
+        calibrated: the pass measures on ``Program.samples``, which must then come from a trajectory.
+
+    A pass that is approximate has an option ``budget`` (eV/Angstrom, a text such as ``"1 meV/A"``, or ``None`` for the
+    budget that ``optimize`` is given).
     """
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness] = Exactness.EXACT
     stages: ClassVar[tuple[Stage, ...]] = ("energy", "forces")
+    calibrated: ClassVar[bool] = False
 
     def apply(self, program: Program) -> Outcome:
         """Run on ``program``, which is a private copy: its graph may be changed in place."""

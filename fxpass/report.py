@@ -16,6 +16,9 @@ __all__ = ["PassRecord", "Receipt", "Report"]
 class Receipt(Protocol):
     """What verification measured; see ``fxpass.verify``."""
 
+    @property
+    def budget(self) -> float | None: ...
+
     def to_json(self) -> dict[str, Any]: ...
 
 

@@ -422,7 +422,7 @@ def test_bench(fxpass_: Fxpass) -> None:
     assert timing["ratio"] == pytest.approx(seconds["original"]["median"] / seconds["optimised"]["median"])
     assert done["machine"]["threads"] == 2
     assert not done["verified"]
-    assert [entry["stage"] for entry in done["stages"]] == ["capture", "passes", "lower to eager"]
+    assert [entry["stage"] for entry in done["stages"]] == ["capture", "calibration", "passes", "lower to eager"]
     assert torch.get_num_threads() == threads
 
 

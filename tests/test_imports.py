@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room imports from the rows above its own; within a row imports must not form a circle.
 ORDER = (
     {"errors", "_torch_compat"},
-    {"algebra"},
+    {"algebra", "edges"},
     {"ir"},
     {"rewrite", "passes"},
     {"registry", "pipeline", "structures", "models"},
-    {"capture"},
+    {"capture", "calibration"},
     {"runner", "verify", "instruments"},
     {"report"},
     {"render", "frontends", "targets"},
@@ -44,7 +44,7 @@ PLUGGED = [
     for value in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][group].values()
 ]
 # What a pass is made from. It knows no family and no target, and draws nothing.
-FOR_PASSES = {"errors", "algebra", "ir", "rewrite", "passes", "registry", "pipeline", "capture"}
+FOR_PASSES = {"errors", "edges", "algebra", "ir", "rewrite", "passes", "registry", "pipeline", "capture", "verify"}
 
 
 @dataclass(frozen=True)

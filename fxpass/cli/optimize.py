@@ -35,6 +35,7 @@ def add_to(commands: Commands) -> None:
         options.target_option(),
         options.no_verify_option(),
         options.verification_options("structures to verify on besides the built-in ones"),
+        options.calibration_option(),
         more="The result is compared with the original in float64; one outside its tolerance is not written.",
         examples=OPTIMIZE,
     )
@@ -59,11 +60,12 @@ def optimize(arguments: argparse.Namespace) -> Answer:
     if arguments.dump is not None:
         check_new(Path(arguments.dump), overwrite=False)
     structures = options.find_structures(arguments.structures)
-    with options.progress(stages=4, passes=arguments.passes) as bar:
+    with options.progress(stages=5, passes=arguments.passes) as bar:
         result = api.optimize(
             options.find_model(arguments.model),
             arguments.passes,
             example=structures,
+            calibration=options.find_structures(arguments.calibration) if arguments.calibration else None,
             target=arguments.target,
             budget=arguments.budget,
             verify=not arguments.no_verify,

@@ -104,6 +104,17 @@ def verification_options(structures: str) -> Parser:
     return parent
 
 
+def calibration_option() -> Parser:
+    parent = _parent()
+    parent.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="structures that passes measure on, FILE@FRAMES as above (default: built-in ones, or a short molecular "
+        "dynamics)",
+    )
+    return parent
+
+
 def no_verify_option() -> Parser:
     parent = _parent()
     parent.add_argument("--no-verify", action="store_true", help="do not compare with the original; the report says so")

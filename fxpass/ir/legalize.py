@@ -1,27 +1,43 @@
-"""Legalisation: semantic ops become ATen, by their reference implementations."""
+"""Legalisation: ops become what stands for them, semantic ops by their reference implementations."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from ..errors import LoweringError
-from .ops import SEMANTIC
+from .ops import SEMANTIC, OpOverload, fusion_guard
 from .program import Program
 from .tracing import Replay, constants_of, trace_program
+
+#: a fusion guard has no ATen form that is free: each target lowers it in its own way
+EXPAND: Mapping[OpOverload, Callable[..., Any]] = {
+    op: semantic.reference for op, semantic in SEMANTIC.items() if op is not fusion_guard
+}
 
 
 def semantic_nodes(program: Program) -> list[torch.fx.Node]:
     """The nodes that legalisation replaces."""
-    return [n for n in program.graph.nodes if n.op == "call_function" and n.target in SEMANTIC]
+    return [n for n in program.graph.nodes if n.op == "call_function" and n.target in EXPAND]
 
 
 def legalize(program: Program, made_by: str = "legalize") -> Program:
-    """The same program in ATen alone; provenance is kept, new nodes say ``made_by``.
+    """The same program in ATen and fusion guards alone; provenance is kept, new nodes say ``made_by``.
 
     Raises:
         LoweringError: a reference implementation tied a size to a value.
     """
-    expand = {op: semantic.reference for op, semantic in SEMANTIC.items()}
+    return expand_ops(program, EXPAND, made_by)
+
+
+def expand_ops(program: Program, expand: Mapping[Any, Callable[..., Any]], made_by: str) -> Program:
+    """The same program, traced again with the functions of ``expand`` in place of the ops that they stand for.
+
+    Raises:
+        LoweringError: a function tied a size to a value.
+    """
 
     def body(*inputs: torch.Tensor) -> list[torch.Tensor]:
         return list(Replay(program, expand, made_by=made_by).run(*inputs))
@@ -31,4 +47,4 @@ def legalize(program: Program, made_by: str = "legalize") -> Program:
     )
     if frozen:
         raise LoweringError(f"legalisation tied a size to a value: {'; '.join(frozen)}")
-    return legal.with_assumptions(program.assumptions)
+    return legal.following(program)

@@ -9,6 +9,7 @@ output node that returns a tuple in the order of ``outputs``.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -52,6 +53,7 @@ class Program:
         stage: ``"energy"`` before ``differentiate``, ``"forces"`` after it.
         energy: name of the output (eV, one per graph) that is differentiated.
         assumptions: what passes rely on beyond the frontend's guarantees, checked at run time.
+        samples: inputs by name of structures to calibrate on, in the dtypes of ``inputs``; never saved.
     """
 
     graph_module: fx.GraphModule
@@ -60,6 +62,7 @@ class Program:
     stage: Stage = "energy"
     energy: str = "energy"
     assumptions: tuple[str, ...] = field(default=())
+    samples: tuple[Mapping[str, torch.Tensor], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def graph(self) -> fx.Graph:
@@ -84,9 +87,10 @@ class Program:
     def with_property(self, prop: str) -> tuple[TensorSpec, ...]:
         return tuple(s for s in self.inputs if prop in s.properties)
 
-    def with_assumptions(self, assumptions: tuple[str, ...]) -> Program:
-        """The same program relying on ``assumptions`` too."""
-        return replace(self, assumptions=tuple(dict.fromkeys((*self.assumptions, *assumptions))))
+    def following(self, other: Program) -> Program:
+        """This program, made from ``other`` by tracing it again: with its assumptions and samples."""
+        assumptions = tuple(dict.fromkeys((*other.assumptions, *self.assumptions)))
+        return replace(self, assumptions=assumptions, samples=other.samples)
 
     def without_gradient(self) -> Program:
         """The energy outputs of a force program alone, as a program of its own."""
@@ -98,18 +102,15 @@ class Program:
         return replace(program, outputs=self.outputs[:-1], stage="energy")
 
     def cast(self, dtype: torch.dtype) -> Program:
-        """The program computing in ``dtype`` in place of its own element type; weights are cast, not recomputed."""
-        own = next(s.dtype for s in self.inputs if s.dtype.is_floating_point)
-        if own == dtype:
-            return self
+        """The program computing in ``dtype`` in place of every floating type; weights are cast, not recomputed."""
 
         def other(value: Any) -> Any:
-            return dtype if value is own else value
+            return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
 
         program = self.copy()
         module = program.graph_module
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.dtype == own:
+            if tensor.is_floating_point() and tensor.dtype != dtype:
                 delattr(module, name)
                 module.register_buffer(name, tensor.detach().to(dtype))
         for node in program.graph.nodes:
@@ -119,9 +120,13 @@ class Program:
         module.recompile()
 
         def retyped(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-            return tuple(replace(s, dtype=dtype if s.dtype == own else s.dtype) for s in specs)
+            return tuple(replace(s, dtype=other(s.dtype)) for s in specs)
 
-        return replace(program, inputs=retyped(self.inputs), outputs=retyped(self.outputs))
+        samples = tuple(
+            {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.items()}
+            for sample in self.samples
+        )
+        return replace(program, inputs=retyped(self.inputs), outputs=retyped(self.outputs), samples=samples)
 
     def copy(self) -> Program:
         """A program whose graph may be changed freely; tensors are shared with this one."""

@@ -194,7 +194,8 @@ def make_receipt(
             no more, which is stricter than the table for a well-conditioned model and looser for an
             ill-conditioned one, whose own float32 forces miss the table.
         budget: eV/Angstrom, for approximate passes.
-        candidate64: the result computing in float64, for finite differences; the candidate itself if it is float64.
+        candidate64: the result computing in float64 throughout, for finite differences; by default the candidate, if
+            it is float64.
         progress: called before each step.
 
     Returns:
@@ -216,7 +217,9 @@ def make_receipt(
         _checked(reference64, "float64", "original in float64"),
         result,
         None if original is None else _checked(original, dtype, "original"),
-        result if dtype == "float64" else _checked(candidate64 or _missing, "float64", "result in float64"),
+        result
+        if dtype == "float64" and candidate64 is None
+        else _checked(candidate64 or _missing, "float64", "result in float64"),
     )
     done = 0
 
@@ -237,7 +240,7 @@ def make_receipt(
         except _EVALUATION_ERRORS as error:
             rows.append(_failed("evaluation", structure, error))
     scaled: dict[str, float] = {}
-    if original is not None and dtype == "float32" and exactness is not Exactness.APPROXIMATE:
+    if original is not None and dtype == "float32":
         shares = _own_shares(measured, bounds)
         floor = {"forces": OWN_ERROR_FLOOR}  # energy and stress keep the whole of their rows
         scaled = {q: float(np.maximum(OWN_ERROR_FACTOR * share, floor.get(q, 1.0))) for q, share in shares.items()}
@@ -341,9 +344,11 @@ def _value_rows(case: _Measured, bounds: Tolerance, scaled: Mapping[str, float])
     own = {} if case.original is None else deviation(case.original, case.reference)
     for quantity, value in deviation(case.candidate, case.reference).items():
         bound = bounds.values[quantity]
-        limit = bound.limit(case.scales[quantity]) * scaled.get(quantity, 1.0)
+        allowance = bounds.allowance.get(quantity, 0.0)
+        row = bound.limit(case.scales[quantity]) + allowance
+        limit = bound.limit(case.scales[quantity]) * scaled.get(quantity, 1.0) + allowance
         note = f"original {own[quantity]:.1e}" if quantity in own else ""
-        if (row := bound.limit(case.scales[quantity])) < value <= limit:
+        if row < value <= limit:
             note += f"; over the table's {row:.1e}, allowed because the original is as far off"
         rows.append(Row(quantity, name, value, limit, bound.unit, note))
         if quantity == "forces":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..errors import UsageError
 from ..passes import Exactness
@@ -46,6 +46,7 @@ class Tolerance:
         gradient: how far forces may be from finite differences of the energy; scales with forces.
         strain: how far stress may be from finite differences of the energy; scales with stress.
         curl: the antisymmetric part that force constants may have; scales with force constants.
+        allowance: what approximate passes may add to each of ``values``.
     """
 
     values: Mapping[str, Bound]
@@ -53,6 +54,7 @@ class Tolerance:
     gradient: Bound
     strain: Bound
     curl: Bound
+    allowance: Mapping[str, float] = field(default_factory=dict)
 
 
 def _values(energy: Bound, forces: Bound, stress: Bound) -> Mapping[str, Bound]:
@@ -98,8 +100,8 @@ def tolerance(dtype: str, exactness: Exactness, budget: float | None = None) -> 
     Args:
         dtype: ``"float64"`` or ``"float32"``.
         exactness: the weakest class among the passes that ran.
-        budget: eV/Angstrom, what approximate passes may change forces by. Energies per atom may change by a
-            tenth of it times 1 A, stresses by a tenth of it per A^2: the proportions of the table.
+        budget: eV/Angstrom, what approximate passes may change forces by, beyond the row. Energies per atom may
+            change by a tenth of it times 1 A, stresses by a tenth of it per A^2: the proportions of the table.
 
     Raises:
         UsageError: no such row, or an approximate result without a budget.
@@ -111,10 +113,9 @@ def tolerance(dtype: str, exactness: Exactness, budget: float | None = None) -> 
         return row
     if budget is None:
         raise UsageError("Approximate passes need a budget.", hint='budget="1 meV/A".')
-    widened = {"energy": budget / 10, "forces": budget, "stress": budget / 10}
-    values = {quantity: bound.widened(widened[quantity]) for quantity, bound in row.values.items()}
-    symmetry = {quantity: bound.widened(widened[quantity]) for quantity, bound in row.symmetry.items()}
-    return replace(row, values={**values, "forces": Bound(budget, 0.0, FORCES)}, symmetry=symmetry)
+    allowance = {"energy": budget / 10, "forces": budget, "stress": budget / 10}
+    symmetry = {quantity: bound.widened(allowance[quantity]) for quantity, bound in row.symmetry.items()}
+    return replace(row, symmetry=symmetry, allowance=allowance)
 
 
 _UNITS = {None: 1.0, "eV": 1.0, "meV": 1e-3}

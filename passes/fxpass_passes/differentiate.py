@@ -64,4 +64,4 @@ class Differentiate(Pass):
             ) from error
         if frozen:
             raise PassError(f"differentiation tied a size to a value: {'; '.join(frozen)}")
-        return Outcome(derived.with_assumptions(program.assumptions), modified=True)
+        return Outcome(derived.following(program), modified=True)
