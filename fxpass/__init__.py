@@ -1,6 +1,7 @@
 """fxpass: a graph-rewriting compiler for E(3)-equivariant interatomic potentials."""
 
 from .api import capture, load, optimize, run_passes, verify
+from .committee import Committee
 from .errors import (
     CaptureError,
     FxpassError,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Application",
     "CaptureError",
+    "Committee",
     "Cost",
     "Exactness",
     "FxpassError",

@@ -7,7 +7,8 @@ moves one of them fails there and nowhere else.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any, cast
@@ -109,7 +110,12 @@ def trace(function: Callable[..., Any], inputs: Sequence[FakeTensor], *, stacks:
 
 
 def _silu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """grad * d silu / dx in ops that have derivatives themselves; ``aten::silu_backward`` has none."""
+    """grad * d silu / dx in ops that have derivatives themselves; ``aten::silu_backward`` has none.
+
+    Of 16-bit types it is computed in float32 and rounded once, as ``aten::silu_backward`` does.
+    """
+    if grad.dtype.itemsize == 2:
+        return _silu_backward(grad.to(torch.float32), x.to(torch.float32)).to(grad.dtype)
     s = torch.sigmoid(x)
     return grad * (s * (1 + x * (1 - s)))
 
@@ -125,6 +131,112 @@ def frozen_sizes(inputs: Sequence[FakeTensor]) -> tuple[str, ...]:
 def size_expr(size: int | torch.SymInt) -> sympy.Expr:
     """A size as a sympy expression in the symbols of its trace."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def compile_in_regions(
+    module: fx.GraphModule, guard: OpOverload, regions: Callable[[fx.Graph], Mapping[fx.Node, str]]
+) -> Callable[..., Any]:
+    """``torch.compile`` with dynamic sizes, in which no kernel computes nodes of two regions, or of one and of none.
+
+    Both ways in which Inductor fuses are closed: a value that passes a guard is stored, not computed again inside
+    its readers, and the scheduler joins two kernels only where they belong to one region.  Guards take part in the
+    key of Inductor's cache, as they are in the graph; they leave it here and cost nothing at run time.
+
+    Args:
+        module: a graph with calls of ``guard``.
+        guard: an op whose first argument is its value.
+        regions: the region of each node of a graph that is in one; it is asked about the graph that Inductor lowers.
+    """
+    # imported here: Inductor takes seconds to import, and only those who compile need it
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.virtualized import V
+
+    def stored(x: Any) -> Any:
+        x.realize()
+        return x
+
+    stored._inductor_lowering_function = True  # type: ignore[attr-defined]  # Inductor calls it as it is
+
+    class Tag(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            for node, region in regions(graph).items():
+                node.meta[REGION] = region
+            for node in graph.find_nodes(op="call_function", target=guard):
+                node.target, node.args = stored, node.args[:1]
+
+        def uuid(self) -> str:
+            return "fxpass regions 1"
+
+    class Choices(InductorChoices):
+        @staticmethod
+        def can_fuse(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            one_region = kernel_regions(node1) == kernel_regions(node2)
+            return one_region and InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)
+
+    def inner(*args: Any, **kwargs: Any) -> Any:  # a backward graph is compiled later, through this as well
+        with V.set_choices_handler(Choices()):
+            return compile_fx_inner(*args, **kwargs)
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        return compile_fx(graph, inputs, inner, config_patches={"post_grad_custom_post_pass": Tag()})
+
+    return torch.compile(module, backend=backend, dynamic=True, fullgraph=True)
+
+
+REGION = "fxpass_region"
+
+
+def kernel_regions(kernel: Any) -> frozenset[str]:
+    """The regions of the graph nodes that one kernel of Inductor's scheduler computes."""
+    buffers = (part.node for part in kernel.get_nodes() if part.node is not None)
+    return frozenset(n.meta[REGION] for buffer in buffers for n in buffer.get_origins() if REGION in n.meta)
+
+
+@contextmanager
+def watched_kernels() -> Iterator[list[tuple[frozenset[str], tuple[str, ...]]]]:
+    """While open, a list that gets, for every kernel that Inductor makes, its regions and the graph nodes in it.
+
+    Inductor's caches are off meanwhile, so that every graph is really compiled.
+    """
+    from torch._inductor import config
+
+    seen: list[tuple[frozenset[str], tuple[str, ...]]] = []
+
+    def look(kernels: list[Any]) -> list[Any]:
+        for kernel in kernels:
+            buffers = (part.node for part in kernel.get_nodes() if part.node is not None)
+            nodes = dict.fromkeys(n.name for buffer in buffers for n in buffer.get_origins())
+            seen.append((kernel_regions(kernel), tuple(nodes)))
+        return kernels
+
+    with config.patch({"_post_fusion_custom_pass": look, "force_disable_caches": True}):
+        yield seen
+
+
+def registered_kernels(op: OpOverload) -> tuple[str, ...]:
+    """The dispatch keys, among those that compute, for which an op has an implementation of its own."""
+    keys = ("CPU", "CUDA", "XPU", "MPS", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    return tuple(key for key in keys if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
+
+
+def fallback_kernel(op: OpOverload, kind: str = "CompositeExplicitAutograd") -> Callable[..., Any] | None:
+    """The implementation of ``kind`` for all devices that have none of their own.
+
+    None where the CPU has none of its own, so that its implementation is this one, or where every device has.
+    """
+    known = registered_kernels(op)
+    elsewhere = next((key for key in ("CUDA", "XPU", "MPS") if key not in known), None)
+    if elsewhere is None or not {"CPU", kind} <= set(known):
+        return None
+    kernel = torch.library.get_kernel(op, elsewhere)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(x for x in args if isinstance(x, torch.Tensor))
+        return kernel.call_boxed(torch._C._dispatch_keys(tensor), *args, **kwargs)
+
+    return run
 
 
 def mark_dynamic(value: torch.Tensor, axis: int) -> None:

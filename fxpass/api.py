@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import package
 from .calibration import molecular_dynamics
 from .capture.capture import copy_model
+from .committee import Committee, join
 from .errors import (
     FxpassError,
     Location,
@@ -29,6 +30,7 @@ from .errors import (
 )
 from .frontends.base import Frontend, dtype_of
 from .instruments import bisect
+from .ir.decompositions import decompose
 from .ir.program import Program
 from .ir.snapshot import snapshot
 from .ir.verifier import verify as verify_program
@@ -40,13 +42,18 @@ from .report import PassRecord, Report
 from .runner import Observer, RunResult, run
 from .structures import Evaluation, Evaluator, Structure, probe_structures, read_structures
 from .targets.base import Target, executable
-from .verify.receipt import Receipt, make_receipt
+from .targets.geometry import lower_both
+from .verify.devices import device_rows, kernel_rows
+from .verify.receipt import Receipt, Row, make_receipt
 from .verify.tolerances import parse_budget, tolerance
 
 #: a :class:`Structure`, ASE atoms, the path of a file with structures, or a list of these
 Example = Any
 Passes = str | Pass | Iterable[str | Pass]
 Progress = Callable[[str], None]
+
+#: samples on which implementations of custom ops are compared
+MULTIDEVICE = 3
 
 UNVERIFIED = "verification was turned off: nothing was compared with the original"
 
@@ -70,8 +77,16 @@ class _Clock:
         self.timings.append((name, time.perf_counter() - start))
 
 
-def optimize(
-    model: nn.Module | str | Path,
+@overload
+def optimize(model: nn.Module | str | Path, passes: Passes = ..., **options: Any) -> Optimized: ...
+
+
+@overload
+def optimize(model: list[Any] | tuple[Any, ...], passes: Passes = ..., **options: Any) -> Committee: ...
+
+
+def optimize(  # type: ignore[misc]  # the overloads leave the options to this signature
+    model: nn.Module | str | Path | list[Any] | tuple[Any, ...],
     passes: Passes = "default",
     *,
     example: Example | None = None,
@@ -82,22 +97,23 @@ def optimize(
     dump: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: Progress | None = None,
-) -> Optimized:
+) -> Optimized | Committee:
     """Compile a potential to a verified drop-in replacement.
 
     Args:
         model: a model of a family that has a frontend, or the path of its checkpoint.  Never modified.
-            Loading a checkpoint unpickles it, which runs code it names.
+            Loading a checkpoint unpickles it, which runs code it names.  A list of these, or of optimised models,
+            becomes one :class:`fxpass.committee.Committee`.
         passes: a preset (``"exact"``, ``"default"``, ``"portable"``), a pipeline text such as
             ``"fold-constants,specialize-heads{head=0}"``, a pass instance, or a list that mixes these.
             ``differentiate`` is added at the end where the passes leave it out.
         example: structures to verify on besides the frontend's own: a :class:`Structure`, ASE atoms, a
             list of these, or the path of a file with structures.
-        calibration: structures that passes measure on while they choose, of the same kinds. Without them: the
-            frontend's own, or for passes that calibrate a short molecular dynamics started from these.
+        calibration: structures that passes measure on while they choose, of the same kinds, besides the frontend's
+            own. Without them: for passes that calibrate, a short molecular dynamics started from the frontend's.
         target: how the result runs: ``"eager"``, ``"torchscript"`` or ``"inductor"``.
         budget: force error that approximate passes may make, ``"1 meV/A"`` or a number in eV/Angstrom; goes to the
-            passes that state none of their own. The receipt allows it, or else the sum of what the passes state.
+            passes that have none of their own. The receipt allows it, or else the sum of what the passes allow.
         verify: compare with the original in float64 and test the physics; ``False`` is noted in the report.
         dump: a folder to write every intermediate graph and the report to; it must not exist.
         observers: told about every pass that runs.
@@ -114,6 +130,12 @@ def optimize(
         LoweringError: the target cannot carry the graph.
         VerificationError: the result is outside its tolerance; the pass that broke it is named.
     """
+    if isinstance(model, (list, tuple)):
+        if dump is not None:
+            raise UsageError("dump= takes one model", hint="optimise the members one by one with a folder for each")
+        each = partial(optimize, passes=passes, example=example, calibration=calibration, budget=budget)
+        each = partial(each, verify=verify, observers=observers, progress=progress)
+        return join([m if isinstance(m, Optimized) else each(m) for m in model], target, verify=verify)
     registry = default_registry()
     chosen = tuple(_budgeted(pass_, budget) for pass_ in resolve(passes, registry))
     backend: Target = registry.target(target)()
@@ -140,8 +162,9 @@ def optimize(
             verify_program(captured)
         with clock.stage("calibration"):
             if learnt is None:
-                learnt = _own_samples(source, frontend, facts, any(pass_.calibrated for pass_ in chosen))
-            captured = _sampled(captured, frontend, facts, learnt)
+                moving = any(pass_.calibrated for pass_ in chosen)
+                learnt = _trajectories(source, frontend, judged.probes()) if moving else ()
+            captured = _sampled(captured, frontend, facts, (*judged.probes(), *learnt))
         with clock.stage("passes"):
             result = run(captured, chosen, check=verify_program, observers=watchers)
             if result.program.stage == "energy":
@@ -149,11 +172,14 @@ def optimize(
         with clock.stage(f"lower to {target}"):
             legal = _legal(result.program, backend, registry)
             interface = _lower(legal.program, backend, frontend, facts)
-        receipt = None
+        receipt: Receipt | None = None
+        doubts: tuple[str, ...] = ()
         if verify:
             with clock.stage("verify"):
                 probes = (*judged.probes(), *structures)
-                receipt = judged.receipt(interface, legal.program, probes)
+                receipt = judged.receipt(interface, result.program, probes)
+                rows, doubts = _custom_ops(captured, chosen)
+                receipt = replace(receipt, rows=(*receipt.rows, *rows))
         report = Report(
             model=f"{type(original).__module__}.{type(original).__qualname__}",
             frontend=frontend.name,
@@ -163,7 +189,7 @@ def optimize(
             records=(*result.records, *legal.records),
             timings=tuple(clock.timings),
             receipt=receipt,
-            warnings=caveats if verify else (*caveats, UNVERIFIED),
+            warnings=(*caveats, *doubts) if verify else (*caveats, UNVERIFIED),
         )
         if folder is not None:
             (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
@@ -200,7 +226,7 @@ def capture(model: nn.Module | str | Path, *, calibration: Example | None = None
 
     Args:
         model: as for :func:`optimize`.
-        calibration: structures that passes measure on; by default the frontend's own.
+        calibration: structures that passes measure on, besides the frontend's own.
 
     Raises:
         UnsupportedModelError, CaptureError: as for :func:`optimize`.
@@ -210,8 +236,8 @@ def capture(model: nn.Module | str | Path, *, calibration: Example | None = None
         facts = frontend.attributes(model)
         program = frontend.capture(model)
         verify_program(program)
-        learnt = tuple(_structures(calibration)) or _own_samples(model, frontend, facts, moving=False)
-        return _sampled(program, frontend, facts, learnt)
+        probes = probe_structures(facts["numbers"], facts["cutoff"])
+        return _sampled(program, frontend, facts, (*probes, *_structures(calibration)))
 
 
 def run_passes(program: Program, passes: Passes, *, observers: Sequence[Observer] = ()) -> RunResult:
@@ -257,8 +283,7 @@ def verify(
         chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
         eager: Target = registry.target("eager")()
         judged = _Verification(model, frontend, facts, _exactness(chosen), allowed, eager)
-        legal = _legal(optimized.program, eager, registry).program
-        return judged.receipt(optimized.interface, legal, (*(judged.probes() if probes else ()), *given))
+        return judged.receipt(optimized.interface, optimized.program, (*(judged.probes() if probes else ()), *given))
 
 
 def open_model(model: nn.Module | str | Path) -> tuple[nn.Module, Frontend]:
@@ -335,8 +360,7 @@ def _legal(program: Program, target: Target, registry: Registry) -> RunResult:
 
 
 def _lower(program: Program, target: Target, frontend: Frontend, facts: Mapping[str, Any]) -> nn.Module:
-    forces = target.lower(program)
-    energy = target.lower(program.without_gradient())
+    energy, forces = lower_both(program, target)
     interface = frontend.interface(energy, forces, {**facts, "assumptions": list(program.assumptions)})
     interface.eval()
     return interface
@@ -348,8 +372,8 @@ def _continue(done: RunResult, passes: Sequence[Pass], observers: Sequence[Obser
 
 
 def _budgeted(pass_: Pass, budget: str | float | None) -> Pass:
-    """``pass_`` with the user's budget, where it takes one and states none."""
-    if budget is None or getattr(pass_, "budget", budget) is not None:
+    """``pass_`` with the user's budget, where it takes one and has none."""
+    if budget is None or pass_.default_budget is not None or getattr(pass_, "budget", budget) is not None:
         return pass_
     return replace(pass_, budget=budget)  # type: ignore[call-arg]
 
@@ -358,19 +382,27 @@ def _allowed(passes: Sequence[Pass], budget: str | float | None) -> float | None
     """The force error that a receipt allows, eV/Angstrom: the user's, or the sum of what the passes state."""
     if budget is not None:
         return parse_budget(budget)
-    stated = [getattr(pass_, "budget", None) for pass_ in passes if pass_.exactness is Exactness.APPROXIMATE]
+    approximate = [pass_ for pass_ in passes if pass_.exactness is Exactness.APPROXIMATE]
+    stated = [getattr(pass_, "budget", None) or pass_.default_budget for pass_ in approximate]
     if not stated or None in stated:
         return None
     return sum(parse_budget(b) for b in stated if b is not None)
 
 
-def _own_samples(
-    model: nn.Module, frontend: Frontend, facts: Mapping[str, Any], moving: bool
-) -> tuple[Structure, ...]:
-    """The probe structures; where they must be ``moving``, frames of short molecular dynamics from them."""
-    probes = probe_structures(facts["numbers"], facts["cutoff"])
-    if not moving:
-        return probes
+def _custom_ops(program: Program, passes: Sequence[Pass]) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """What the receipt says of custom ops: their references on every device against them, and kernels that differ."""
+    references = next((r for r in (getattr(pass_, "references", None) for pass_ in passes) if r), None)
+    done = decompose(program, references, made_by="verify")
+    if not done.replaced or done.opaque:
+        return (), ()
+    samples = program.samples[:MULTIDEVICE]
+    wrong = [row for row in kernel_rows(program, samples, references) if not row.passed]
+    doubts = tuple(f"{row.check} differs from its reference by {row.value:.1e} ({row.structure})" for row in wrong)
+    return device_rows(program, done.program, samples), doubts
+
+
+def _trajectories(model: nn.Module, frontend: Frontend, probes: Iterable[Structure]) -> tuple[Structure, ...]:
+    """Frames of short molecular dynamics from the probe structures that have more than one bond."""
 
     def evaluate(structure: Structure) -> Evaluation:
         return frontend.evaluate(model, structure)
@@ -480,14 +512,15 @@ class _Verification:
     def evaluator(self, module: nn.Module) -> Evaluator:
         return lambda structure: self.frontend.evaluate(module, structure)
 
-    def receipt(self, interface: nn.Module, legal: Program, structures: Sequence[Structure]) -> Receipt:
+    def receipt(self, interface: nn.Module, program: Program, structures: Sequence[Structure]) -> Receipt:
+        """Compare ``interface``; derivatives are tested on ``program`` in float64, before lowering rounds constants."""
         dtype = str(dtype_of(self.model)).removeprefix("torch.")
         single = dtype == "float32"
         reference = self.evaluator(copy_model(self.model).double())
         twin = None
         if single or self.exactness is Exactness.APPROXIMATE:  # which may compute in more than one type
             facts = {**self.facts, "dtype": "float64"}
-            twin = self.evaluator(_lower(legal.cast(torch.float64), self.eager, self.frontend, facts))
+            twin = self.evaluator(_lower(program.cast(torch.float64), self.eager, self.frontend, facts))
         return make_receipt(
             reference,
             self.evaluator(interface),
@@ -517,7 +550,7 @@ class _Verification:
                 program = run(program, resolve("differentiate", registry), check=verify_program).program
             legal = _legal(program, self.eager, registry).program
             interface = _lower(legal, self.eager, self.frontend, self.facts)
-            return self.receipt(interface, legal, suspects).passed
+            return self.receipt(interface, program, suspects).passed
 
         if not is_good(captured):
             guilty, blame = None, "the capture"

@@ -66,16 +66,18 @@ class Pass:
         name: kebab-case name, unique in a registry.
         exactness: how far the pass may move the result.
         stages: the stages of a program on which the pass runs.
-        calibrated: the pass measures on ``Program.samples``, which must then come from a trajectory.
+        calibrated: the pass measures on ``Program.samples``, which must then hold more than probe structures.
+        default_budget: eV/Angstrom that an approximate pass allows itself where it is given no budget; with ``None``
+            it takes that of ``optimize``.
 
-    A pass that is approximate has an option ``budget`` (eV/Angstrom, a text such as ``"1 meV/A"``, or ``None`` for the
-    budget that ``optimize`` is given).
+    A pass that is approximate has an option ``budget``: eV/Angstrom, a text such as ``"1 meV/A"``, or ``None``.
     """
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness] = Exactness.EXACT
     stages: ClassVar[tuple[Stage, ...]] = ("energy", "forces")
     calibrated: ClassVar[bool] = False
+    default_budget: ClassVar[float | None] = None
 
     def apply(self, program: Program) -> Outcome:
         """Run on ``program``, which is a private copy: its graph may be changed in place."""

@@ -32,6 +32,7 @@ ORDER = (
     {"render", "frontends", "targets"},
     {"package"},
     {"optimized"},
+    {"committee"},
     {"api"},
     {"cli", "testing"},
     {"fxpass", "__main__"},  # the public names, and ``python -m fxpass``

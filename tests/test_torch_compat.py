@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import sympy
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from fxpass import _torch_compat as compat
+from fxpass.ir import ops  # noqa: F401  defines fxpass::fusion_guard
 
 SPECS = [("x", ("edges", 3), torch.float64), ("index", (2, "edges"), torch.int64), ("ptr", ("graphs+1",), torch.int64)]
 
@@ -92,3 +94,44 @@ def test_e3nn_imports_alone_and_leaves_no_global_allowed() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "ok"
+
+
+@pytest.fixture
+def two_kernels() -> Iterator[torch._ops.OpOverload]:
+    library = torch.library.Library("fxcompat", "DEF")
+    library.define("f(Tensor x) -> Tensor")
+    library.impl("f", lambda x: x * 2, "CPU")
+    library.impl("f", lambda x: x * 3, "CompositeExplicitAutograd")
+    yield torch.ops.fxcompat.f.default
+    library._destroy()
+
+
+def test_every_implementation_of_an_op_is_found(two_kernels: torch._ops.OpOverload) -> None:
+    assert set(compat.registered_kernels(two_kernels)) == {"CPU", "CompositeExplicitAutograd"}
+    assert compat.registered_kernels(torch.ops.aten.matmul.default) == ("CompositeImplicitAutograd",)
+    elsewhere = compat.fallback_kernel(two_kernels)
+    assert elsewhere is not None
+    assert elsewhere(torch.ones(2)).tolist() == [3, 3] and two_kernels(torch.ones(2)).tolist() == [2, 2]
+    assert compat.fallback_kernel(two_kernels, "CompositeImplicitAutograd") is None
+    assert compat.fallback_kernel(torch.ops.aten.mm.default) is None
+
+
+@pytest.mark.slow
+def test_inductor_keeps_regions_apart() -> None:
+    """``compile_in_regions``, ``watched_kernels`` and ``kernel_regions`` on two multiplications."""
+    guard = torch.ops.fxpass.fusion_guard.default
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    doubled = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2.0))
+    inside = graph.call_function(guard, (doubled, "region", "enter"))
+    graph.output(graph.call_function(torch.ops.aten.sin.default, (inside,)))
+    module = torch.fx.GraphModule(nn.Module(), graph)
+
+    def regions(lowered: torch.fx.Graph) -> dict[torch.fx.Node, str]:
+        return {n: "region" for n in lowered.find_nodes(op="call_function", target=torch.ops.aten.sin.default)}
+
+    torch.compiler.reset()
+    with compat.watched_kernels() as kernels:
+        y = torch.linspace(0, 1, 7)
+        assert torch.allclose(compat.compile_in_regions(module, guard, regions)(y), torch.sin(2 * y))
+    assert [(set(regions), names) for regions, names in kernels] == [(set(), ("mul",)), ({"region"}, ("sin",))]

@@ -88,7 +88,7 @@ def bench(arguments: argparse.Namespace) -> Answer:
     model, frontend = api.open_model(options.find_model(arguments.model))
     facts = frontend.attributes(model)
     structures = given or [crystal(arguments.atoms, facts["numbers"], facts["cutoff"])]
-    with _threads(arguments.threads), options.progress(stages=5, passes=arguments.passes) as bar:
+    with _threads(arguments.threads), options.progress(stages=6, passes=arguments.passes) as bar:
         result = api.optimize(
             model,
             arguments.passes,

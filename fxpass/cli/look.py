@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from rich import box
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from .. import api
@@ -34,6 +37,7 @@ INSPECT = """
 fxpass inspect example:small
 fxpass inspect example:small --at atoms=108,edges=4600
 fxpass inspect example:small --graph
+fxpass inspect example:small --sensitivity -p 'pin-precision{compute=float16}'
 """
 
 DIFF = """
@@ -48,12 +52,19 @@ def add_to(commands: Commands) -> None:
         "inspect",
         inspect,
         "show the graph of a model or of a result: ops, irreps, cost",
+        options.calibration_option(),
         more="Of a result, which is what fxpass optimize wrote, also the passes, the receipt and the target.",
         examples=INSPECT,
     )
     parser.add_argument("model", metavar="MODEL|OUT", help=f"{options.MODEL_HELP}, or a result")
     parser.add_argument("--at", metavar="SIZES", default="", help="sizes to give the cost at: atoms=108,edges=4600")
     parser.add_argument("--graph", action="store_true", help="print the whole graph")
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="rank regions by what low precision there does to forces"
+    )
+    parser.add_argument(
+        "-p", "--passes", metavar="PIPELINE", help="with --sensitivity: a pass that ranks (default: pin-precision)"
+    )
 
     parser = commands.add(
         "diff",
@@ -77,6 +88,10 @@ def add_to(commands: Commands) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> Answer:
+    if arguments.sensitivity:
+        return _sensitivity(arguments)
+    if arguments.passes or arguments.calibration:
+        raise UsageError("--passes and --calibration are for --sensitivity", hint="fxpass inspect MODEL --sensitivity")
     word, given = arguments.model, _sizes(arguments.at)
     shown: list[RenderableType] = []
     if is_package(Path(word)):
@@ -105,6 +120,38 @@ def inspect(arguments: argparse.Namespace) -> Answer:
     amount = graph.cost.at(**sizes)
     cost = Text(f"Cost there: {amount.flops:.3g} FLOPs, {amount.bytes:.3g} bytes.")
     return Answer(data, (_facts(family, facts), *shown, graph_summary(graph, **sizes), cost))
+
+
+def _sensitivity(arguments: argparse.Namespace) -> Answer:
+    """The ranking of a pass that has one, after the passes before it."""
+    chosen = resolve(arguments.passes or "pin-precision", default_registry())
+    place = next((k for k, each in enumerate(chosen) if hasattr(each, "sensitivity")), None)
+    if place is None:
+        raise UsageError(f"no pass of {format_passes(chosen)!r} ranks regions", hint="-p pin-precision")
+    with options.progress(stages=2) as bar:
+        bar.stage("capture")
+        structures = options.find_structures(arguments.calibration) or None
+        program = api.capture(options.find_model(arguments.model), calibration=structures)
+        program = api.run_passes(program, chosen[:place]).program
+        bar.stage("sensitivity")
+        rows = chosen[place].sensitivity(program)  # type: ignore[attr-defined]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ("region", "max |dF|", "rms dF", "dE/atom", "FLOPs", "bytes saved", "per GFLOP", "per MB", "precision")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("region", "precision") else "right")
+    data = []
+    for row in rows:
+        errors = row.errors
+        ratios = {"per_gflop": row.per_gflop, "per_megabyte": row.per_megabyte}
+        numbers = (errors.largest, errors.rms, errors.energy, row.flops, row.bytes, *ratios.values())
+        table.add_row(row.region, *(f"{number:.2e}" for number in numbers), row.precision)
+        data.append({**asdict(row), **{name: v if math.isfinite(v) else None for name, v in ratios.items()}})
+    note = Text(
+        "Each region alone in the low type, against float64: eV/Angstrom, eV/atom. Worst first: the ratio is of the "
+        "larger of max |dF| and 10 dE/atom."
+    )
+    pipeline = format_passes(chosen[: place + 1])
+    return Answer({"model": arguments.model, "pipeline": pipeline, "sensitivity": data}, (Text(pipeline), table, note))
 
 
 def _facts(family: str, facts: Mapping[str, Any]) -> Text:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from ..errors import FxpassError, UsageError
 from ..registry import did_you_mean
-from . import bench, catalogue, doctor, look, optimize
+from . import bench, catalogue, compress, doctor, look, optimize
 from .answer import foreign_output_on_stderr, quiet
 from .doctor import installed
 from .options import Commands, Parser
@@ -64,7 +64,7 @@ def build_parser() -> tuple[Parser, Commands]:
     )
     parser.add_argument("--version", action="version", version=f"fxpass {installed('fxpass') or '(not installed)'}")
     commands = Commands(parser)
-    for module in (optimize, look, catalogue, bench, doctor):
+    for module in (optimize, compress, look, catalogue, bench, doctor):
         module.add_to(commands)
     return parser, commands
 

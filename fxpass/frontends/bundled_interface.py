@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..edges import Edges, atom_forces
 from ..models import edge_vectors, one_hot_species
 
 
@@ -16,6 +17,7 @@ class BundledInterface(nn.Module):
     The programs take (edge_vectors, edge_index, species, batch, cell) and return energy and node_energy, and
     ``forces_program`` g = dE/d(edge vector) after them.  Forces are the sum of g over edges sent minus the sum
     over edges received, and dE/dstrain is the sum of r (x) g over the edges, symmetrised.
+    ``attributes["assumptions"]`` say which edges the programs take and in which order (:class:`fxpass.edges.Edges`).
     """
 
     def __init__(self, energy: nn.Module, forces: nn.Module, attributes: Any) -> None:
@@ -23,6 +25,7 @@ class BundledInterface(nn.Module):
         self.energy_program = energy
         self.forces_program = forces
         self.cutoff: float = attributes["cutoff"]
+        self.edges = Edges(attributes["cutoff"], attributes.get("assumptions", ()))
         self.register_buffer("atomic_numbers", torch.tensor(attributes["numbers"]))
 
     def forward(
@@ -36,6 +39,7 @@ class BundledInterface(nn.Module):
 
         Raises:
             ValueError: an atomic number that the model does not know.
+            RuntimeError: an edge shorter than the programs were made for.
         """
         if training:
             result = self._evaluate(data, compute_forces, compute_stress)
@@ -45,18 +49,21 @@ class BundledInterface(nn.Module):
         return result
 
     def _evaluate(self, data: dict[str, Tensor], compute_forces: bool, compute_stress: bool) -> dict[str, Tensor]:
-        positions, index, batch, cell = data["positions"], data["edge_index"], data["batch"], data["cell"]
+        positions, batch, cell = data["positions"], data["batch"], data["cell"]
         species = one_hot_species(data["numbers"], self.atomic_numbers, positions.dtype)  # type: ignore[arg-type]
-        vectors = edge_vectors(positions, index, data["shifts"])
+        vectors = edge_vectors(positions, self.edges.readable(data["edge_index"]), data["shifts"])
+        vectors, index, _ = self.edges(vectors, data["edge_index"], positions.size(0))
+        species, graph, cells = self.edges.with_dummy(species, batch, cell)
         if not (compute_forces or compute_stress):
-            energies: list[Tensor] = self.energy_program(vectors, index, species, batch, cell)
+            energies: list[Tensor] = self.energy_program(vectors, index, species, graph, cells)
+            energies = self.edges.without_dummy(energies)
             return {"energy": energies[0], "node_energy": energies[1]}
-        values: list[Tensor] = self.forces_program(vectors, index, species, batch, cell)
-        result = {"energy": values[0], "node_energy": values[1]}
-        gradient = values[2]
+        values: list[Tensor] = self.forces_program(vectors, index, species, graph, cells)
+        energies = self.edges.without_dummy(values[:2])
+        result = {"energy": energies[0], "node_energy": energies[1]}
+        gradient, index = self.edges.settled(values[2], index, positions.size(0))
         if compute_forces:
-            sent = torch.zeros_like(positions).index_add(0, index[0], gradient)
-            result["forces"] = sent.index_add(0, index[1], gradient, alpha=-1)
+            result["forces"] = atom_forces(gradient, index, positions)
         if compute_stress:
             outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
             total = torch.zeros_like(cell).index_add(0, batch.index_select(0, index[0]), outer)

@@ -10,6 +10,8 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..edges import Edges, atom_forces
+
 
 class AtomicEnergies(nn.Module):
     """Energy of isolated atoms, eV: one-hot [atoms, species] -> [atoms, heads]."""
@@ -29,7 +31,8 @@ class MaceInterface(nn.Module):
     The two programs take (edge_vectors, edge_index, node_attrs, batch, head) and return a tuple: the
     outputs named in ``names``, and for ``forces_program`` dE/d(edge vector) after them.  With
     g_ij = dE/dr_ij and r_ij = r_receiver - r_sender + shift, forces are the sum of g over edges sent minus
-    the sum over edges received, and the virial is sum r_ij (x) g_ij, symmetrised.
+    the sum over edges received, and the virial is sum r_ij (x) g_ij, symmetrised.  ``attributes["assumptions"]``
+    say which edges the programs take and in which order (:class:`fxpass.edges.Edges`).
     """
 
     def __init__(self, energy: nn.Module, forces: nn.Module, attributes: Any, names: List[str]) -> None:
@@ -37,6 +40,7 @@ class MaceInterface(nn.Module):
         dtype = getattr(torch, attributes["dtype"])
         self.energy_program = energy
         self.forces_program = forces
+        self.edges = Edges(attributes["cutoff"], attributes.get("assumptions", ()))
         self.names: List[str] = names
         self.species: int = len(attributes["numbers"])
         self.heads: List[str] = list(attributes["heads"])
@@ -65,7 +69,8 @@ class MaceInterface(nn.Module):
 
         Raises:
             RuntimeError: ``lammps_mliap`` (the ML-IAP interface exchanges features between ranks inside
-                the model, which a compiled program does not do), or species attributes that are not one-hot.
+                the model, which a compiled program does not do), species attributes that are not one-hot, or an edge
+                shorter than the programs were made for.
         """
         if lammps_mliap:
             raise RuntimeError("fxpass: lammps_mliap=True is not covered; use the original model there")
@@ -73,7 +78,7 @@ class MaceInterface(nn.Module):
         attrs = data["node_attrs"]
         if attrs.size(1) != self.species or bool((attrs.max(dim=1)[0] != attrs.sum(dim=1)).any()):
             raise RuntimeError("fxpass: node_attrs must be one-hot over the model's species")
-        batch, index = data["batch"], data["edge_index"]
+        batch, given = data["batch"], self.edges.readable(data["edge_index"])
         graphs = data["ptr"].numel() - 1
         head = data["head"] if "head" in data else torch.zeros(graphs, dtype=torch.int64, device=batch.device)
         derive = compute_force or compute_virials or compute_stress or compute_hessian or compute_edge_forces
@@ -92,9 +97,10 @@ class MaceInterface(nn.Module):
             strain = 0.5 * (displacement + displacement.transpose(-1, -2))
             strained = positions + torch.bmm(positions.unsqueeze(1), strain[batch]).squeeze(1)
             cell = cell + torch.matmul(cell, strain)
-            edge_cell = cell.index_select(0, batch.index_select(0, index[0]))
+            edge_cell = cell.index_select(0, batch.index_select(0, given[0]))
             shifts = torch.bmm(data["unit_shifts"].unsqueeze(1), edge_cell).squeeze(1)
-        vectors = strained.index_select(0, index[1]) - strained.index_select(0, index[0]) + shifts
+        vectors = strained.index_select(0, given[1]) - strained.index_select(0, given[0]) + shifts
+        vectors, index, order = self.edges(vectors, data["edge_index"], positions.size(0))
 
         if record:
             values, gradient = self._run(derive, vectors, index, attrs, batch, head)
@@ -109,10 +115,10 @@ class MaceInterface(nn.Module):
             result[name] = None
         result["displacement"] = displacement
         if gradient is not None:
+            gradient, index = self.edges.settled(gradient, index, positions.size(0))
             tensors = compute_virials or compute_stress
             if compute_force or tensors:
-                forces = torch.zeros_like(positions).index_add(0, index[0], gradient)
-                forces = forces.index_add(0, index[1], gradient, alpha=-1)
+                forces = atom_forces(gradient, index, positions)
                 if tensors and "displacement" in data:  # chain rule through strained positions
                     strain = 0.5 * (displacement + displacement.transpose(-1, -2))
                     forces = forces + torch.bmm(forces.unsqueeze(1), strain[batch].transpose(1, 2)).squeeze(1)
@@ -121,15 +127,17 @@ class MaceInterface(nn.Module):
                 unstrained = vectors
                 if "displacement" in data:
                     cell = data["cell"].view(-1, 3, 3)
-                    edge_cell = cell.index_select(0, batch.index_select(0, index[0]))
-                    unstrained = positions.index_select(0, index[1]) - positions.index_select(0, index[0])
+                    edge_cell = cell.index_select(0, batch.index_select(0, given[0]))
+                    unstrained = positions.index_select(0, given[1]) - positions.index_select(0, given[0])
                     unstrained = unstrained + torch.bmm(data["unit_shifts"].unsqueeze(1), edge_cell).squeeze(1)
+                    if order is not None:
+                        unstrained = unstrained.index_select(0, order)
                 cell = data["cell"]
                 virials, stress = self._virials(unstrained, gradient, index, batch, cell, graphs, compute_stress)
                 result["virials"] = virials
                 result["stress"] = stress
             if compute_edge_forces or (compute_atomic_stresses and self.interaction):
-                result["edge_forces"] = gradient
+                result["edge_forces"] = self.edges.restored(gradient, order, given.size(1))
                 if compute_atomic_stresses:
                     per_atom = self._atomic_virials(vectors, gradient, index, positions.size(0), batch, data["cell"])
                     result["atomic_virials"] = per_atom[0]
@@ -141,11 +149,12 @@ class MaceInterface(nn.Module):
     def _run(
         self, derive: bool, vectors: Tensor, index: Tensor, attrs: Tensor, batch: Tensor, head: Tensor
     ) -> Tuple[List[Tensor], Optional[Tensor]]:
+        attrs, batch, head = self.edges.with_dummy(attrs, batch, head)
         if not derive:
             energies: List[Tensor] = self.energy_program(vectors, index, attrs, batch, head)
-            return energies, None
+            return self.edges.without_dummy(energies), None
         values: List[Tensor] = self.forces_program(vectors, index, attrs, batch, head)
-        return values[:-1], values[-1]
+        return self.edges.without_dummy(values[:-1]), values[-1]
 
     def _virials(
         self,

@@ -10,7 +10,7 @@ import torch
 from ..errors import LoweringError
 from .ops import SEMANTIC, OpOverload, fusion_guard
 from .program import Program
-from .tracing import Replay, constants_of, trace_program
+from .tracing import SIZES, Replay, constants_of, trace_program
 
 #: a fusion guard has no ATen form that is free: each target lowers it in its own way
 EXPAND: Mapping[OpOverload, Callable[..., Any]] = {
@@ -32,8 +32,16 @@ def legalize(program: Program, made_by: str = "legalize") -> Program:
     return expand_ops(program, EXPAND, made_by)
 
 
-def expand_ops(program: Program, expand: Mapping[Any, Callable[..., Any]], made_by: str) -> Program:
+def expand_ops(
+    program: Program,
+    expand: Mapping[Any, Callable[..., Any]],
+    made_by: str,
+    sizes: Mapping[str, int] | None = None,
+) -> Program:
     """The same program, traced again with the functions of ``expand`` in place of the ops that they stand for.
+
+    Args:
+        sizes: hints for the named sizes, by default those of atoms, edges and graphs.
 
     Raises:
         LoweringError: a function tied a size to a value.
@@ -43,7 +51,13 @@ def expand_ops(program: Program, expand: Mapping[Any, Callable[..., Any]], made_
         return list(Replay(program, expand, made_by=made_by).run(*inputs))
 
     legal, frozen = trace_program(
-        body, program.inputs, program.outputs, constants_of(program), stage=program.stage, energy=program.energy
+        body,
+        program.inputs,
+        program.outputs,
+        constants_of(program),
+        stage=program.stage,
+        energy=program.energy,
+        sizes=sizes or SIZES,
     )
     if frozen:
         raise LoweringError(f"legalisation tied a size to a value: {'; '.join(frozen)}")

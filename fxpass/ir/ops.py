@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from .._torch_compat import OpOverload as OpOverload
 from .._torch_compat import size_expr
 from ..algebra.multilinear import parse_linear, parse_tensor_product
+from ..algebra.piecewise import parse_grid
 from ..algebra.polynomial import parse_polynomial
 from . import reference
 
@@ -41,12 +42,24 @@ _LIBRARY.define("gather(Tensor x, Tensor index) -> Tensor", tags=torch.Tag.pt2_c
 _LIBRARY.define(
     "scatter_sum(Tensor source, Tensor index, SymInt size) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
+_LIBRARY.define(
+    "fusion_guard(Tensor x, str spec) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+_LIBRARY.define("dequantize(Tensor q, Tensor scale) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 tensor_product = torch.ops.fxpass.tensor_product.default
 linear = torch.ops.fxpass.linear.default
 polynomial = torch.ops.fxpass.polynomial.default
 gather = torch.ops.fxpass.gather.default
 scatter_sum = torch.ops.fxpass.scatter_sum.default
+dequantize = torch.ops.fxpass.dequantize.default
+_LIBRARY.define(
+    "table(Tensor x, Tensor? index, Tensor coefficients, str spec, int derivative) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+fusion_guard = torch.ops.fxpass.fusion_guard.default
+table = torch.ops.fxpass.table.default
 
 # A reference may return a view of its input (an identity slice); an op's result never aliases one.
 def _owned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -56,8 +69,16 @@ def _owned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-for _name in ("tensor_product", "linear", "polynomial", "gather", "scatter_sum"):
+for _name in ("tensor_product", "linear", "polynomial", "gather", "scatter_sum", "table", "dequantize"):
     torch.library.impl(f"fxpass::{_name}", "CompositeExplicitAutograd", _owned(getattr(reference, _name)))
+
+
+def _unguarded(x: Tensor, spec: str) -> Tensor:
+    """``x`` itself, on its way into or out of a region: ``spec`` is ``"enter REGION"`` or ``"leave REGION"``."""
+    return x
+
+
+torch.library.impl("fxpass::fusion_guard", "CompositeExplicitAutograd", lambda *args: _unguarded(*args).clone())
 
 
 @torch.library.register_fake("fxpass::tensor_product")
@@ -102,6 +123,16 @@ def _(x: Tensor, index: Tensor) -> Tensor:
 @torch.library.register_fake("fxpass::scatter_sum")
 def _(source: Tensor, index: Tensor, size: int) -> Tensor:
     return source.new_empty((size, *source.shape[1:]))
+
+
+@torch.library.register_fake("fxpass::fusion_guard")
+def _(x: Tensor, spec: str) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)  # targets lower it to x itself
+
+
+@torch.library.register_fake("fxpass::dequantize")
+def _(q: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(q.shape)
 
 
 def _multilinear_autograd(op: Callable[..., Tensor], slots: tuple[str, ...]) -> None:
@@ -181,6 +212,52 @@ torch.library.register_autograd(
     "fxpass::scatter_sum",
     lambda ctx, grad: (gather(grad, ctx.saved_tensors[0]), None, None),
     setup_context=_scatter_setup,
+)
+
+
+def _guard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    side, region = inputs[1].split(" ", 1)
+    ctx.opposite = f"{'leave' if side == 'enter' else 'enter'} {region}"
+
+
+# The derivative of a region runs from its results to its operands, and is a part of that region.
+torch.library.register_autograd(
+    "fxpass::fusion_guard",
+    lambda ctx, grad: (fusion_guard(grad, ctx.opposite), None),
+    setup_context=_guard_setup,
+)
+
+
+@torch.library.register_fake("fxpass::table")
+def _(x: Tensor, index: Tensor | None, coefficients: Tensor, spec: str, derivative: int) -> Tensor:
+    dtype = torch.float32 if x.dtype in reference.HALF else x.dtype
+    return coefficients.new_empty((x.shape[0], coefficients.shape[2]), dtype=dtype)
+
+
+def _table_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, index, coefficients, ctx.spec, ctx.derivative = inputs
+    ctx.save_for_backward(x, index, coefficients)
+
+
+def _table_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, index, coefficients = ctx.saved_tensors
+    slope = table(x, index, coefficients, ctx.spec, ctx.derivative + 1)
+    return (grad * slope).sum(1).to(x.dtype), None, None, None, None
+
+
+torch.library.register_autograd("fxpass::table", _table_backward, setup_context=_table_setup)
+
+
+def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, scale = inputs
+    ctx.shape = scale.shape
+    ctx.save_for_backward(q)
+
+
+torch.library.register_autograd(
+    "fxpass::dequantize",
+    lambda ctx, grad: (None, (grad * ctx.saved_tensors[0].to(grad.dtype)).sum_to_size(ctx.shape)),
+    setup_context=_dequantize_setup,
 )
 
 
@@ -316,8 +393,48 @@ def _zero_flops(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
     return sympy.Integer(0), _bytes(node)
 
 
+def _no_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    return sympy.Integer(0), sympy.Integer(0)
+
+
+def _guard_summary(node: fx.Node) -> str:
+    return str(node.args[1])
+
+
 def _scatter_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
     return _numel(node.args[0].meta["val"]), _bytes(node)  # type: ignore[union-attr]
+
+
+def _table_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    """A multiply-add for each term and channel, ten operations to find the row; only rows that are read move."""
+    given, index, stored, _, derivative = node.args
+    x, coefficients = given.meta["val"], stored.meta["val"]  # type: ignore[union-attr]
+    powers, _, channels = coefficients.shape
+    terms = max(powers - int(derivative), 0)  # type: ignore[arg-type]
+    moved = (terms + 1) * channels * coefficients.element_size() + x.element_size() + (0 if index is None else 8)
+    return size_expr(x.shape[0]) * (2 * terms * channels + 10), size_expr(x.shape[0]) * moved
+
+
+def _table_summary(node: fx.Node) -> str:
+    grid, coefficients = parse_grid(_spec(node)), node.args[2].meta["val"]  # type: ignore[union-attr]
+    _, rows, channels = coefficients.shape
+    coarse = f", then {grid.coarse} to {grid.last:.4g}" if grid.coarse else ""
+    text = f"order {grid.order}, {grid.start:.4g} to {grid.end:.4g} in {grid.cells} cells{coarse}, {channels} channels"
+    count = rows // grid.rows
+    return text + (f", {count} tables" if count > 1 else "") + (f", derivative {node.args[4]}" if node.args[4] else "")
+
+
+def _dequantize_summary(node: fx.Node) -> str:
+    q, scale = (a.meta["val"] for a in node.args)  # type: ignore[union-attr]
+    return f"{q.numel()} weights of {8 * q.element_size()} bits, {scale.numel()} scales"
+
+
+def _dequantize_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+    return _numel(node.meta["val"]), _bytes(node)
+
+
+def _no_irreps(node: fx.Node) -> str | None:
+    return None
 
 
 SEMANTIC: dict[OpOverload, SemanticOp] = {
@@ -336,5 +453,12 @@ SEMANTIC: dict[OpOverload, SemanticOp] = {
     gather: SemanticOp("gather", reference.gather, _no_summary, _zero_flops, _first_irreps, _no_operands),
     scatter_sum: SemanticOp(
         "scatter_sum", reference.scatter_sum, _no_summary, _scatter_cost, _first_irreps, _no_operands
+    ),
+    fusion_guard: SemanticOp(
+        "fusion_guard", _unguarded, _guard_summary, _no_cost, _first_irreps, _no_operands
+    ),
+    table: SemanticOp("table", reference.table, _table_summary, _table_cost, _no_irreps, _no_operands),
+    dequantize: SemanticOp(
+        "dequantize", reference.dequantize, _dequantize_summary, _dequantize_cost, _no_irreps, _no_operands
     ),
 }

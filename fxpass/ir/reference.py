@@ -6,7 +6,10 @@ read: shapes come from the specs and from ``-1``, so a trace of them is dynamic 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from math import factorial, log2
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +17,85 @@ from torch import Tensor
 
 from ..algebra.irreps import clebsch_gordan, segments
 from ..algebra.multilinear import CHANNELS, Path, TensorProduct, parse_linear, parse_tensor_product
+from ..algebra.piecewise import COARSE, parse_grid
 from ..algebra.polynomial import Polynomial, parse_polynomial
 
 
 def constant(values: np.ndarray, like: Tensor) -> Tensor:
     """A float64 array as a tensor of the dtype and device of ``like``."""
     return torch.tensor(values.tolist(), dtype=like.dtype, device=like.device).reshape(values.shape)
+
+
+#: types too narrow to add up in
+HALF = (torch.float16, torch.bfloat16)
+
+
+def rounding_once(operands: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorates a reference: where its leading ``operands`` are of a 16-bit type, it adds up in float32, rounds once.
+
+    The result saturates: beyond the range of the type it is the largest number of that type, never infinite.
+    """
+
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(function)
+        def run(*args: Any) -> Tensor:
+            kinds = {t.dtype for a in args[:operands] for t in _tensors(a) if t.is_floating_point()}
+            if len(kinds) != 1 or not kinds.issubset(HALF):
+                return function(*args)
+            (low,) = kinds
+            wide = [[_widened(t) for t in a] if isinstance(a, (list, tuple)) else _widened(a) for a in args]
+            return saturated(function(*wide), low)
+
+        return run
+
+    return decorate
+
+
+def _tensors(argument: Any) -> list[Tensor]:
+    return [t for t in (argument if isinstance(argument, (list, tuple)) else [argument]) if isinstance(t, Tensor)]
+
+
+def _widened(argument: Any) -> Any:
+    return argument.to(torch.float32) if isinstance(argument, Tensor) and argument.dtype in HALF else argument
+
+
+def saturated(x: Tensor, low: torch.dtype) -> Tensor:
+    """``x`` rounded to ``low``; float16 ends at 65504, where finite numbers would become infinite."""
+    largest = torch.finfo(low).max
+    return (x.clamp(-largest, largest) if low is torch.float16 else x).to(low)
+
+
+def digits(dtype: torch.dtype) -> int:
+    """Binary digits of a floating type's significand: 8 (bfloat16), 11 (float16), 24 (float32), 53 (float64)."""
+    return 1 - round(log2(torch.finfo(dtype).eps))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product in the wider of the two types.
+
+    Where one operand is narrower, the other is taken apart into a sum of words of that narrow type, 2 of float16
+    or 3 of bfloat16 for float32, and the products of narrow numbers are added up in the wide type: exact products,
+    no rounding but that of the sum (Ootomo and Yokota, Int. J. High Perform. Comput. Appl. 36, 475 (2022)). Rows
+    are scaled by powers of two, so that no word overflows, and later words do not underflow, whatever the row holds.
+    Tensor cores run such products at the narrow type's rate; ATen on CPU has none with a wide result, so the
+    narrow numbers are widened, which changes no bit.
+    """
+    if a.dtype == b.dtype:
+        return torch.mm(a, b)
+    if a.dtype.itemsize < b.dtype.itemsize:
+        return product(b.t(), a.t()).t().contiguous()
+    low, narrow = b.dtype, b.to(a.dtype)
+    step = 2.0 ** digits(low)
+    largest = a.abs().amax(1, keepdim=True).clamp_min(1e-37)
+    scale = torch.exp2(-torch.floor(torch.log2(largest)))
+    rest, unit, total = a * scale, 1.0, None
+    for _ in range(round(digits(a.dtype) / digits(low))):
+        word = rest.to(low).to(a.dtype)
+        part = torch.mm(word, narrow)
+        total = part if total is None else total + part * unit
+        rest, unit = (rest - word) * step, unit / step
+    assert total is not None
+    return total / scale
 
 
 def contract(
@@ -48,9 +124,9 @@ def contract(
         return x if list(x.shape[1:]) == shape[1:] and x.dim() == len(shape) else x.contiguous().view(shape)
 
     x, y = matrix(a, on_a, batch, left, summed), matrix(b, on_b, batch, summed, right)
-    product = torch.bmm(x, y) if batch else torch.mm(x, y)
+    value = torch.bmm(x, y) if batch else product(x, y)
     out = batch + left + right
-    return product.view([-1 if c == "z" else sizes[c] for c in out]), "".join(out)
+    return value.view([-1 if c == "z" else sizes[c] for c in out]), "".join(out)
 
 
 def _view(x: Tensor, letters: str, sizes: dict[str, int]) -> Tensor:
@@ -108,6 +184,7 @@ def _segment(x: Tensor, irreps: str, index: int) -> Tensor:
     return x.narrow(-1, offset, mul * (2 * l + 1))
 
 
+@rounding_once(operands=4)
 def tensor_product(
     x1: Tensor | None, x2: Tensor | None, weight: Tensor | None, out: Tensor | None, spec: str, wrt: str
 ) -> Tensor:
@@ -207,11 +284,13 @@ def _path(
     return _flatten(value, full[wrt], columns)
 
 
+@rounding_once(operands=3)
 def linear(x: Tensor | None, weight: Tensor | None, out: Tensor | None, spec: str, wrt: str) -> Tensor:
     """Gradient of sum(out * linear(x, weight)) with respect to the slot ``wrt``; ``"out"`` is the map itself."""
     lin = parse_linear(spec)
     ins, outs = segments(lin.irreps_in), segments(lin.irreps_out)
     like = next(t for t in ((x, out) if lin.shared else (x, out, weight)) if t is not None)
+    mixed = weight is not None and weight.dtype != like.dtype  # narrow weights must not be rounded once more
     pieces: dict[int, list[Tensor]] = {}
     used: dict[int, int] = {}
     for path in lin.paths:
@@ -230,10 +309,11 @@ def linear(x: Tensor | None, weight: Tensor | None, out: Tensor | None, spec: st
         if wrt != "weight":
             assert weight is not None
             block = weight if m * n == lin.weights else weight.narrow(-1, path.weight, m * n)
-            terms.append((_view(block, lean["weight"], sizes) * path.coefficient, lean["weight"]))
+            matrix = _view(block, lean["weight"], sizes)
+            terms.append((matrix if mixed else matrix * path.coefficient, lean["weight"]))
         value, on = contract(*terms[0], *terms[1], keep=lean[wrt], sizes=sizes)
         value = reorder(value, on, lean[wrt], sizes)
-        if wrt == "weight":
+        if wrt == "weight" or mixed:
             value = value * path.coefficient
         columns = int(np.prod([sizes[c] for c in full[wrt] if c != "z"]))
         value = _flatten(value, full[wrt], columns)
@@ -244,6 +324,7 @@ def linear(x: Tensor | None, weight: Tensor | None, out: Tensor | None, spec: st
     return assemble(pieces, [(k, m * (2 * l + 1)) for k, (_, m, l, _) in enumerate(rows)], like)
 
 
+@rounding_once(operands=4)
 def polynomial(
     x: Tensor,
     directions: Sequence[Tensor],
@@ -276,11 +357,11 @@ def polynomial(
         seed = _columns(out)
         if w is not None:  # outer product of weight and out first: paths x outputs are fewer than monomials
             seed = (w * seed.unsqueeze(0)).view(paths * outputs, -1)
-        g = torch.mm(coefficients.view(count, -1), seed)
+        g = product(coefficients.view(count, -1), seed)
         return _rows(_polynomial_gradient(poly, g, values), channels)
     if poly.columns != tuple(range(len(poly.order))):
         values = values.index_select(0, torch.tensor(poly.columns, device=x.device))
-    basis = torch.mm(coefficients.view(count, -1).t(), values).view(paths, outputs, -1)
+    basis = product(coefficients.view(count, -1).t(), values).view(paths, outputs, -1)
     if wrt == "weight":
         assert out is not None
         return (basis * _columns(out).unsqueeze(0)).sum(1).view(paths, -1, channels).transpose(0, 1).contiguous()
@@ -351,6 +432,73 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return torch.index_select(x, 0, index)
 
 
+@rounding_once(operands=1)
 def scatter_sum(source: Tensor, index: Tensor, size: int) -> Tensor:
     """Sum of the rows of ``source`` into ``size`` rows by ``index``: the transposed gather."""
     return torch.index_add(source.new_zeros((size, *source.shape[1:])), 0, index, source)
+
+
+def table(x: Tensor, index: Tensor | None, coefficients: Tensor, spec: str, derivative: int) -> Tensor:
+    """Piecewise polynomials of one number per row, or their derivative of the given order by it.
+
+    Continued linearly outside the grid, or constant beyond it where the grid is flat. A NaN gives NaN, and
+    whatever x is, no coefficient outside the table is read.
+
+    Args:
+        x: [rows].
+        index: [rows], int64: number of the table of each row, or None where there is one.
+        coefficients: [order + 1, tables * rows of a table, channels], by powers of u; see ``algebra.piecewise``.
+            Best kept in float64: rounded to float32 they leave steps of 6e-8 at the knots, which do no harm to
+            float32 but to finite differences of the same program in float64. Lowering folds the cast.
+        spec: text of the grid, which all tables share.
+
+    Returns:
+        [rows, channels], in the dtype of x; float32 for a 16-bit x.
+    """
+    grid = parse_grid(spec)
+    x = _widened(x)  # a 16-bit number cannot count cells
+    coefficients = coefficients.to(x.dtype)
+    if grid.flat:
+        x = x.clamp(max=grid.last)
+    per_step = grid.cells / (grid.end - grid.start)
+    local = (x - grid.start) * per_step
+    # the comparison is false for a NaN, which must not become the number of a row
+    row = torch.where(x >= grid.start, local.floor().clamp(0, grid.cells - 1), -1.0)
+    u = local - row
+    past = x >= grid.last
+    if grid.coarse:
+        beyond = x >= grid.end
+        far = (x - grid.end) * (per_step / COARSE)
+        cell = far.floor().clamp(0, grid.coarse - 1)
+        row = torch.where(beyond, cell + grid.cells, row)
+        u = torch.where(beyond, far - cell, u)
+    row = torch.where(past, float(grid.cells + grid.coarse), row).to(torch.int64) + 1
+    u = torch.where(past, (x - grid.last) * (per_step / COARSE if grid.coarse else per_step), u)
+    u = u.unsqueeze(1)
+    if derivative >= grid.order:
+        value = u * 0  # NaN where x is
+        if derivative > grid.order:
+            return value.expand(-1, coefficients.shape[2])
+    if index is not None:
+        row = row + index * grid.rows
+
+    def term(power: int) -> Tensor:
+        return torch.index_select(coefficients[power], 0, row)
+
+    # Horner for sum over k of k!/(k-d)! c_k u^(k-d), divided by d!; factors go to the one column of u
+    value = term(grid.order) + value if derivative == grid.order else term(grid.order)
+    for power in range(grid.order - 1, derivative - 1, -1):
+        factor = u * ((power + 1) / (power + 1 - derivative)) if derivative else u
+        value = term(power) + value * factor  # addcmul would not trace: it cannot broadcast symbolic sizes
+    if derivative:
+        scale = factorial(derivative) * per_step**derivative
+        if not grid.coarse:
+            return value * scale
+        beyond = (x >= grid.end).unsqueeze(1)
+        value = value * torch.where(beyond, torch.full_like(u, scale / COARSE**derivative), scale)
+    return value
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """Numbers stored as integers: ``q * scale`` in the type of ``scale``, which broadcasts against ``q``."""
+    return q.to(scale.dtype) * scale

@@ -16,6 +16,8 @@ from ..errors import Location, PassError
 from .irreps_transfer import transfer
 from .metadata import provenance
 from .program import Program
+from .sparsity import SPARSE
+from .sparsity import check as check_sparsity
 from .tracing import SIZES
 
 #: functions on symbolic sizes that a graph may call besides ops
@@ -39,7 +41,7 @@ def verify(program: Program) -> None:
     """Check ``program`` and refresh the metadata of its nodes.
 
     Raises:
-        PassError: a malformed graph, an op that is neither ATen nor semantic, arguments that an op does
+        PassError: a malformed graph, a call of what is no op, arguments that an op does
             not take, an output of another shape or dtype than declared, a frozen size, or a node that
             mixes irreps.  The node, its module and its source line are named.
     """
@@ -76,6 +78,8 @@ def verify(program: Program) -> None:
             if complaint:
                 raise PassError(f"equivariance is broken: {complaint}", where=_place(node))
             node.meta["irreps"] = irreps
+    if SPARSE in program.assumptions:
+        check_sparsity(program)
 
 
 def _place(node: fx.Node) -> Location:
@@ -98,11 +102,11 @@ def _check_node(node: fx.Node) -> None:
     target: Any = node.target
     if target in ARITHMETIC:
         return
-    if not isinstance(target, OpOverload) or target.namespace not in ("aten", "fxpass"):
+    if not isinstance(target, OpOverload):  # ops of other libraries may stand until a target has to carry them
         raise PassError(
-            f"the graph calls {getattr(target, '__name__', target)}, which is neither ATen nor a semantic op",
+            f"the graph calls {getattr(target, '__name__', target)}, which is no op",
             where=_place(node),
-            hint="call torch.ops.aten.NAME.OVERLOAD, or register the op in the namespace fxpass",
+            hint="call torch.ops.aten.NAME.OVERLOAD, or register the function with torch.library",
         )
     if target._schema.is_mutable:
         raise PassError(f"{target} changes a tensor in place", where=_place(node), hint="use the functional op")

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 from torch import fx, nn
 
+from ..ir.guards import lower_guards
 from ..ir.program import Program
 
 
@@ -39,12 +40,15 @@ class Target(Protocol):
 LEGAL = "legalize,fold-constants,common-subexpressions,dead-code"
 
 
-def executable(program: Program) -> fx.GraphModule:
+def executable(program: Program, *, guarded: bool = False) -> fx.GraphModule:
     """A copy of the program's graph module that returns a list, the common result type of all targets.
 
     Its floating weights are parameters, folded ones too: a drop-in has ``parameters()`` as its original has.
+    Fusion guards are gone, as running node by node fuses nothing; ``guarded`` keeps them for a compiler to see.
     """
     module = program.copy().graph_module
+    if not guarded:
+        lower_guards(module.graph)
     output = module.graph.output_node()
     output.args = (list(output.args[0]),)  # type: ignore[arg-type]
     # names of weights stay; metadata of the compiler is of no use at run time and may hold fake tensors

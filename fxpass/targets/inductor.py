@@ -7,7 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._torch_compat import mark_dynamic
+from .._torch_compat import compile_in_regions, mark_dynamic
+from ..ir.guards import guards, region_of
+from ..ir.ops import fusion_guard
 from ..ir.program import Program, TensorSpec
 from .base import LEGAL, executable
 
@@ -39,7 +41,13 @@ class Compiled(nn.Module):
         self.axes = tuple(_axes(spec) for spec in program.inputs)
         self.per_graph = tuple(_graph_axis(spec) for spec in program.inputs)
         self.results_per_graph = tuple(_graph_axis(spec) for spec in program.outputs)
-        self.compiled = torch.compile(self.eager, dynamic=True, fullgraph=True)
+        if guards(program.graph):
+            guarded = executable(program, guarded=True)
+            for name, parameter in self.eager.named_parameters():
+                setattr(guarded, name, parameter)  # one set of weights
+            self.compiled = compile_in_regions(guarded, fusion_guard, region_of)
+        else:
+            self.compiled = torch.compile(self.eager, dynamic=True, fullgraph=True)
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         padded = [value if k is None else _one_more(value, k) for value, k in zip(inputs, self.per_graph, strict=True)]

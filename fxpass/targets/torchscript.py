@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .._torch_compat import OpOverload
-from ..errors import Location, LoweringError
-from ..ir.metadata import provenance
-from ..ir.program import Program
+from ..errors import LoweringError
+from ..ir.decompositions import HINT, References, decompose, place
+from ..ir.guards import lower_guards
+from ..ir.ops import fusion_guard
+from ..ir.program import Program, TensorSpec
+from ..ir.tracing import module_provenance, trace_program
 from .base import LEGAL, executable
 
 
@@ -21,16 +26,18 @@ class TorchScriptTarget:
     name: ClassVar[str] = "torchscript"
     pipeline: ClassVar[str] = LEGAL
 
-    def lower(self, program: Program) -> nn.Module:
+    def lower(self, program: Program) -> torch.jit.ScriptModule:
         for node in program.graph.nodes:
             overload = node.target
-            if isinstance(overload, OpOverload) and overload.namespace != "aten":
+            if isinstance(overload, OpOverload) and overload.namespace != "aten" and overload is not fusion_guard:
                 raise LoweringError(
                     f"TorchScript cannot carry {overload}",
-                    where=Location(node=node.name, module_path=provenance(node).module),
-                    hint="a legalisation for this op",
+                    where=place(node),
+                    hint=f"the pass legalize-custom-ops; {HINT}",
                 )
-        module = executable(program)
+        module = executable(program, guarded=True)
+        # a view that moves no byte, and that neither the fuser nor the peephole passes of TorchScript know
+        lower_guards(module.graph, torch.ops.aten.alias.default)
         for node in module.graph.nodes:
             _scriptable(node)
         module.recompile()
@@ -38,6 +45,50 @@ class TorchScriptTarget:
 
     def portable(self, interface: nn.Module) -> nn.Module | None:
         return script(interface)
+
+
+def export_module(
+    module: nn.Module,
+    inputs: Sequence[TensorSpec],
+    *,
+    references: References | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> torch.jit.ScriptModule:
+    """A TorchScript module of ATen alone that computes what any ``nn.Module`` with custom ops computes.
+
+    Custom ops become their reference decompositions (``fxpass.ir.decompositions``), so that the file needs no library
+    and takes one numeric path on every device.  The module is copied and traced in evaluation mode with symbolic
+    sizes; the result takes any sizes and returns a list of tensors.
+
+    Args:
+        module: its ``forward`` takes one tensor for each input and returns a tensor or a tuple of tensors.
+        inputs: name, dimensions and dtype of each argument; a dimension is a number or the name of a size.
+        references: op name to function.
+        sizes: example values of the named sizes, by default primes; they do not show in the result.
+
+    Raises:
+        LoweringError: an op has neither a reference nor a place in ATen, or the module ties a size to a value.
+    """
+    replica = copy.deepcopy(module).eval()
+    named = dict.fromkeys(d.partition("+")[0] for spec in inputs for d in spec.dims if isinstance(d, str))
+    hints = dict(zip(named, _PRIMES, strict=False)) | dict(sizes or {})
+
+    def body(*values: Tensor) -> Sequence[Tensor]:
+        found = replica(*values)
+        return list(found) if isinstance(found, (tuple, list)) else [found]
+
+    constants = dict([*replica.named_parameters(), *replica.named_buffers()])
+    with module_provenance(replica):
+        traced, frozen = trace_program(body, tuple(inputs), (), constants, stage="energy", sizes=hints)
+    if frozen:
+        raise LoweringError(f"the module ties a size to a value: {'; '.join(frozen)}", hint="sizes taken from x.shape")
+    done = decompose(traced, references, made_by="export", sizes=hints)
+    for node in done.opaque:
+        raise LoweringError(f"{node.target} is opaque: it has no reference", where=place(node), hint=HINT)
+    return TorchScriptTarget().lower(done.program)
+
+
+_PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
 
 
 def script(module: nn.Module) -> torch.jit.ScriptModule:

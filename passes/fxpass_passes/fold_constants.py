@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxpass.errors import Location, PassError
+from fxpass.ir import ops
 from fxpass.ir.metadata import provenance, set_provenance
 from fxpass.ir.program import Program, add_constant, attribute
 from fxpass.passes import Application, Exactness, Outcome, Pass
@@ -90,6 +91,8 @@ def _is_foldable(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
     schema = getattr(node.target, "_schema", None)
     # What empty returns is no constant.
     known = node.target is operator.getitem or (schema is not None and "empty" not in schema.name)
+    if node.target is ops.dequantize:
+        return False  # what it reads is the smaller to store; once legalised it folds
     return known and is_pure(node) and all(n in values for n in node.all_input_nodes) and not escapes(node)
 
 
