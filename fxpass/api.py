@@ -201,7 +201,7 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
             raise UsageError(f"an optimised model cannot move to {device} yet", hint="the original model there")
         other = copy_model(source).to(dtype)
         return optimize(
-            other, chosen, example=structures, calibration=learnt, target=target, budget=budget, verify=verify
+            other, chosen, example=structures, calibration=learnt or None, target=target, budget=budget, verify=verify
         )
 
     return Optimized(interface, result.program, report, frontend, backend, facts, rebuild)

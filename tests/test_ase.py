@@ -46,7 +46,7 @@ class Pair:
     optimised: fxpass.Optimized
 
 
-def pair(passes: str = "default", **options: Any) -> Pair:
+def pair(passes: str = "exact", **options: Any) -> Pair:
     model = build(l_max=1, correlation=2, **options)
     return Pair(model, fxpass.optimize(model, passes, verify=False))
 

@@ -14,6 +14,8 @@ from fxpass.frontends.bundled import BundledFrontend
 from fxpass.models import small_potential
 from fxpass.structures import SYMBOLS, Evaluation, Evaluator, Structure, probe_structures
 
+pytestmark = pytest.mark.once
+
 STIFFNESS = 2.0  # eV/Angstrom^2
 
 

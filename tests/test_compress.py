@@ -20,6 +20,8 @@ from fxpass.registry import default_registry
 from fxpass.render.tables import table_plot, table_png
 from fxpass_passes.tabulate import Tabulate
 
+pytestmark = pytest.mark.once
+
 
 def tabulate(*words: str) -> Tabulate:
     arguments = _parse(["compress", "example:small", "-s", "x.fxp", *words])

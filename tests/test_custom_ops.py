@@ -27,6 +27,8 @@ from fxpass.verify.devices import compare_kernels, device_rows, devices, kernel_
 from fxpass_passes.legalize_custom_ops import LegalizeCustomOps
 from test_capture import captured
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 F64 = torch.float64
 LEVELS = ((6, 8), (3, 4))  # height and width of each feature map

@@ -21,6 +21,8 @@ from fxpass.structures import Structure, neighbour_list, probe_structures
 from fxpass.targets.geometry import lower_both
 from fxpass.targets.torchscript import script
 
+pytestmark = pytest.mark.once
+
 F64 = torch.float64
 CUTOFF = 5.0
 PROBES = {probe.name: probe for probe in probe_structures((29, 47, 79), CUTOFF)}

@@ -30,6 +30,8 @@ from fxpass.targets.torchscript import TorchScriptTarget, _scriptable, script
 from fxpass.testing import PassContract, build_program, example_inputs, graph_text, run_program
 from fxpass_passes.guard_fusion import GuardFusion
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 F64 = torch.float64
 INPUTS = (

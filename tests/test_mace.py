@@ -115,7 +115,7 @@ def test_chebyshev_returns_the_gradient_that_the_original_lacks() -> None:
     model = build(radial_type="chebyshev", l_max=1, hidden="4x0e", correlation=1, layers=1)
     with torch.no_grad():  # the basis grows as 4^6 towards the cutoff: keep energies of the order of 1 eV
         model.scale_shift.scale.fill_(1e-6)
-    optimised = fxpass.optimize(model)
+    optimised = fxpass.optimize(model, "exact")
     assert any("not the gradient" in warning for warning in optimised.report.warnings)
     data = batch(structures()[:2], model)
     found, original = call(optimised, data), call(model, data)
@@ -151,13 +151,13 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def pair() -> tuple[torch.nn.Module, fxpass.Optimized]:
     model = build()
-    return model, fxpass.optimize(model, verify=False)
+    return model, fxpass.optimize(model, "exact", verify=False)
 
 
 @pytest.fixture(scope="module")
 def plain_pair() -> tuple[torch.nn.Module, fxpass.Optimized]:
     model = build("MACE")
-    return model, fxpass.optimize(model, verify=False)
+    return model, fxpass.optimize(model, "exact", verify=False)
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda f: ",".join(f) or "none")
@@ -221,7 +221,7 @@ def test_float32_is_no_worse_than_the_original() -> None:
 
 def test_double_recompiles_in_float64() -> None:
     model = build(dtype=torch.float32)
-    optimised = fxpass.optimize(model, verify=False)
+    optimised = fxpass.optimize(model, "exact", verify=False)
     optimised.double()
     reference = copy.deepcopy(model).double()
     data = batch(structures(), reference)

@@ -9,6 +9,8 @@ import sympy
 from fxpass.algebra.piecewise import SLOPE_CONSTANT, VALUE_CONSTANT, Floats, Grid, coefficients, hermite, parse_grid
 from fxpass.errors import UsageError
 
+pytestmark = pytest.mark.once
+
 X = sympy.Symbol("x")
 FUNCTION = sympy.sin(3 * X) / X * (1 - X / 5) ** 6
 

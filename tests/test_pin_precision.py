@@ -32,6 +32,8 @@ from fxpass_passes.pin_precision import PinPrecision
 from fxpass_passes.precision_regions import always_pinned, find_regions
 from fxpass_passes.sensitivity import Reference, Sensitivity, evaluate
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 VECTORS = TensorSpec("edge_vectors", ("edges", 3), F32, "1x1o", properties=frozenset({"edge_vector"}))

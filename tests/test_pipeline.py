@@ -17,6 +17,8 @@ from fxpass.passes import Exactness, Pass
 from fxpass.pipeline import format_options, format_pass, format_passes, parse, resolve
 from fxpass.registry import PASSES, PRESETS, Registry
 
+pytestmark = pytest.mark.once
+
 
 class Mode(Enum):
     FAST = "fast"

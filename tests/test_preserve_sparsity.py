@@ -36,6 +36,8 @@ from fxpass.testing import PassContract, build_program, graph_text
 from fxpass_passes.differentiate import Differentiate
 from fxpass_passes.preserve_sparsity import PreserveSparsity
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 F64 = torch.float64
 SIZES = ({"atoms": 9, "edges": 23, "graphs": 3}, {"atoms": 1, "edges": 0, "graphs": 1})

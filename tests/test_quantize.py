@@ -34,6 +34,8 @@ from fxpass_passes.force_gradients import Calibration, Errors, errors, weighted
 from fxpass_passes.quantizable import Layout, Piece, candidates
 from fxpass_passes.quantize import Quantize, Rounded, store
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 F32, F64 = torch.float32, torch.float64
 VECTORS = TensorSpec("edge_vectors", ("edges", 3), F64, "1x1o", properties=frozenset({"edge_vector"}))

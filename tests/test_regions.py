@@ -19,6 +19,8 @@ from fxpass.verify.regions import Region, RegionReport, check_region, extract, s
 from fxpass_passes.guard_fusion import GuardFusion
 from test_guard_fusion import FORCES, SPEC, W, gated, run
 
+pytestmark = pytest.mark.once
+
 F64 = torch.float64
 CONVOLUTION = "convolution:tensor_product_default"
 SIZES = [(9, 40, 2), (1, 0, 1), (30, 200, 3)]

@@ -16,6 +16,8 @@ from fxpass.errors import MissingExtraError, PipelineError, UsageError
 from fxpass.passes import Pass
 from fxpass.registry import FRONTENDS, PASSES, PRESETS, TARGETS, Registry, default_registry, did_you_mean, pass_problem
 
+pytestmark = pytest.mark.once
+
 Distribute = Callable[..., list[EntryPoint]]
 
 

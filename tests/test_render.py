@@ -25,6 +25,8 @@ from fxpass.render import html, svg, terminal
 from fxpass.report import PassRecord, Report
 from fxpass.verify.receipt import Receipt, Row
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 
 

@@ -30,6 +30,8 @@ from fxpass.rewrite import (
 )
 from fxpass.testing import build_program, example_inputs, graph_text, run_program
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 X = TensorSpec("x", ("atoms", 3), torch.float64)
 W = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.25]], dtype=torch.float64)

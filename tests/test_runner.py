@@ -22,6 +22,8 @@ from fxpass.passes import Application, Outcome, Pass, Refusal
 from fxpass.report import PassRecord, Report
 from fxpass.runner import RunResult, run
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 POSITIONS = TensorSpec("positions", ("atoms", 3), torch.float64, unit="Angstrom")
 SHIFTS = TensorSpec("shifts", ("atoms", 3), torch.float64, unit="Angstrom")

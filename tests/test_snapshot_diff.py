@@ -20,6 +20,8 @@ from fxpass.ir.metadata import Provenance, set_provenance
 from fxpass.ir.program import Program, TensorSpec
 from fxpass.ir.snapshot import NodeRecord, Snapshot, snapshot
 
+pytestmark = pytest.mark.once
+
 INPUTS = (
     TensorSpec("node_attrs", ("atoms", 4), torch.float32, irreps="4x0e"),
     TensorSpec("edge_vectors", ("edges", 3), torch.float32, irreps="1o", unit="Angstrom"),

@@ -17,6 +17,8 @@ import pytest
 from fxpass.errors import FxpassError, MissingExtraError, StructureError, UsageError
 from fxpass.structures import SYMBOLS, Floats, Structure, neighbour_list, probe_structures, read_structures
 
+pytestmark = pytest.mark.once
+
 ISOLATED, PERIODIC = (False, False, False), (True, True, True)
 
 

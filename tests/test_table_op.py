@@ -17,6 +17,8 @@ from fxpass.ir.program import Program, TensorSpec
 from fxpass.ir.verifier import verify
 from fxpass.testing.contract import build_program
 
+pytestmark = pytest.mark.once
+
 CHANNELS = 3
 ORDERS = pytest.mark.parametrize("order", [3, 5])
 

@@ -29,6 +29,8 @@ from fxpass.testing.contract import PassContract
 from fxpass_passes.tabulate import Tabulate
 from table_models import CUTOFF, SPECIES, Bessel, Deepmd, Pairs, Potential, Schnet, cluster
 
+pytestmark = pytest.mark.once
+
 BUDGET = 1e-6
 
 

@@ -106,12 +106,12 @@ def original(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="module")
 def eager(original: Family) -> fxpass.Optimized:
-    return fxpass.optimize(original.model, verify=False)
+    return fxpass.optimize(original.model, "exact", verify=False)
 
 
 @pytest.fixture(scope="module")
 def scripted(original: Family) -> fxpass.Optimized:
-    return fxpass.optimize(original.model, verify=False, target="torchscript")
+    return fxpass.optimize(original.model, "exact", verify=False, target="torchscript")
 
 
 def test_shipped_targets() -> None:
@@ -207,7 +207,7 @@ def test_an_op_that_torchscript_cannot_carry_is_refused_by_name() -> None:
 @pytest.mark.parametrize("name", ["equivariant", pytest.param("mace", marks=pytest.mark.mace)])
 def test_inductor_compiles_once_for_all_sizes(name: str) -> None:
     small = family(name, layers=1)
-    optimised = fxpass.optimize(small.model, verify=False, target="inductor")
+    optimised = fxpass.optimize(small.model, "exact", verify=False, target="inductor")
     compiled_calls: list[int] = []
     optimised.forces_program.compiled.register_forward_pre_hook(lambda *_: compiled_calls.append(1))
     torch._dynamo.reset()
