@@ -79,9 +79,14 @@ def test_errors_fall_as_they_must_and_stay_below_the_formula(order: int) -> None
 def test_a_step_that_does_not_divide_the_range_is_made_smaller(step: float) -> None:
     grid = Grid.fitted(3, 0.3, 5.0, step)
     knots = grid.knots()
-    assert knots[0] == 0.3 and knots[-1] == 5.0 and len(knots) == grid.cells + 1
-    assert grid.step <= step * (1 + 1e-9)
+    assert 0.3 * (1 - 2e-3) < knots[0] <= 0.3 and knots[-1] == 5.0 and len(knots) == grid.cells + 1
+    assert grid.step <= step * (1 + 2.0**-13)
     assert grid.cells == 1 or (5.0 - 0.3) / (grid.cells - 1) > step
+    # multiples of the step, and what is left of a float32 number within its cell, are exact in float32
+    short = np.float32(grid.step)
+    assert float(short) == grid.step
+    for cell in range(min(grid.cells, 1000)):
+        assert float(np.float32(cell) * short) == cell * grid.step
 
 
 def test_a_step_that_divides_the_range_is_kept() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from math import ceil, isfinite, sqrt
+from math import ceil, floor, isfinite, log2, sqrt
 from typing import Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ from ..errors import UsageError
 Floats = npt.NDArray[np.float64]
 Order = Literal[3, 5]
 
+STEP_BITS = 14  # of the step: times a number of cells below 2^10 they fit into the 24 of float32
 COARSE = 10  # steps of the coarse extension are this many times wider
 
 #: order -> c with |f - p| <= c step^(order+1) max |f^(order+1)|
@@ -65,7 +66,10 @@ class Grid:
 
     @classmethod
     def fitted(cls, order: Order, start: float, end: float, step: float, *, reach: float = 0.0) -> Grid:
-        """The grid from ``start`` to exactly ``end`` with the widest step that divides the range, ``step`` at most.
+        """The grid to exactly ``end`` with the widest step that divides the range, ``step`` at most.
+
+        The step is rounded up to ``STEP_BITS`` bits, and the grid begins that little before ``start``: multiples of
+        the step are then exact in float32, and so is what is left of x within its cell.
 
         With ``reach`` above ``end`` a coarse extension goes on from there to ``reach`` or just beyond.
 
@@ -75,7 +79,9 @@ class Grid:
         if not (isfinite(step) and step > 0):
             raise UsageError(f"A table cannot have the step {step}.", hint="a positive number.")
         cells = max(1, ceil((end - start) / step * (1 - 1e-9)))  # 5.0 / 0.01 is 500 cells, whatever it rounds to
-        grid = cls(order, start, end, cells)
+        width = (end - start) / cells
+        unit = 2.0 ** (floor(log2(width)) - STEP_BITS + 1) if width > 0 else 1.0
+        grid = cls(order, end - cells * ceil(width / unit) * unit, end, cells)
         coarse = ceil((reach - end) / (COARSE * grid.step) * (1 - 1e-9)) if reach > end else 0
         return replace(grid, coarse=coarse)
 

@@ -461,10 +461,10 @@ def table(x: Tensor, index: Tensor | None, coefficients: Tensor, spec: str, deri
     if grid.flat:
         x = x.clamp(max=grid.last)
     per_step = grid.cells / (grid.end - grid.start)
-    local = (x - grid.start) * per_step
+    local = x - grid.start
     # the comparison is false for a NaN, which must not become the number of a row
-    row = torch.where(x >= grid.start, local.floor().clamp(0, grid.cells - 1), -1.0)
-    u = local - row
+    row = torch.where(x >= grid.start, (local * per_step).floor().clamp(0, grid.cells - 1), -1.0)
+    u = (local - row * grid.step) * per_step  # the difference is exact, see ``Grid.fitted``
     past = x >= grid.last
     if grid.coarse:
         beyond = x >= grid.end
