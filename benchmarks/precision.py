@@ -153,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     model = find_model(options.model)
-    unseen = fxpass.capture(model, calibration=find_structures(options.structures) or None)
+    structures = find_structures(options.structures)  # without any: the frontend's own
+    unseen = fxpass.capture(model, calibration=structures)
+    unseen = replace(unseen, samples=unseen.samples[-len(structures) :])
     given = fxpass.capture(model, calibration=find_structures(options.calibration) or None).samples
     reference = Reference(unseen, len(unseen.samples))
     rows = []

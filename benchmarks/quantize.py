@@ -44,9 +44,9 @@ def main() -> None:
 
     plain = fxpass.optimize(arguments.model, f"{BEFORE},{AFTER}", verify=False)
     probes = list(probe_structures(plain.facts["numbers"], plain.facts["cutoff"]))
-    captured = fxpass.capture(arguments.model, calibration=probes + calibration)
+    captured = fxpass.capture(arguments.model, calibration=calibration)
     program = fxpass.run_passes(captured, BEFORE).program
-    judged = replace(program, samples=fxpass.capture(arguments.model, calibration=test).samples)
+    judged = replace(program, samples=fxpass.capture(arguments.model, calibration=test).samples[-len(test) :])
     choice = None
     print(f"{len(calibration)} calibration frames, {len(probes)} probe structures, {len(test)} test frames")
     print(f"{'rounding':34} {'int8':>6} {'dE rms':>9} {'dF rms':>9} {'dF max':>9} {'seconds':>8}")

@@ -85,7 +85,8 @@ def main() -> int:
     model = arguments.model or small_potential()
     calibration = find_structures(arguments.calibration) or None
     exact = run_passes(capture(model, calibration=calibration), FOLDED).program
-    frames = capture(model, calibration=find_structures(arguments.frames) or None).cast(torch.float64).samples
+    unseen = find_structures(arguments.frames)  # after the frontend's own, or without any the frontend's own
+    frames = capture(model, calibration=unseen).cast(torch.float64).samples[-len(unseen) :]
     data: dict[str, Any] = {"torch": torch.__version__, "frames": len(frames), "passes": [], "bounds": []}
 
     print(f"{'tables':34} {'kB':>8} {'dF max':>9} {'dF rms':>9}  eV/A on {len(frames)} frames, float64")
