@@ -387,7 +387,7 @@ PROBES = probe_structures(SETTINGS.numbers, SETTINGS.cutoff)
 @pytest.fixture(scope="module")
 def forces() -> Program:
     """The force program of a small potential, as targets get it."""
-    return fxpass.run_passes(fxpass.capture(build(SETTINGS, F64)), "preserve-sparsity,default").program
+    return fxpass.run_passes(fxpass.capture(build(SETTINGS, F64)), "preserve-sparsity,exact").program
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +463,7 @@ def test_harmonics_and_radial_basis_of_mace_occur_once() -> None:
     import mace_models
 
     program = fxpass.capture(mace_models.build(layers=3, hidden="4x0e+4x1o", correlation=1))
-    nodes = list(fxpass.run_passes(program, "preserve-sparsity,default").program.graph.nodes)
+    nodes = list(fxpass.run_passes(program, "preserve-sparsity,exact").program.graph.nodes)
     assert sum(n.target is ops.polynomial and provenance(n).module == "spherical_harmonics" for n in nodes) <= 3
     assert sum(map(made_by_harmonics, nodes)) == 1
     assert sum(map(radial, nodes)) == 1
@@ -704,7 +704,7 @@ def test_heads_share_their_geometry() -> None:
     from fxpass.frontends.mace import MaceFrontend, mace_batch
 
     original = mace_models.build(heads=["pbe", "r2scan", "Default"], hidden="4x0e", l_max=1, correlation=1)
-    program = fxpass.run_passes(fxpass.capture(original), f"preserve-sparsity,default,{EagerTarget.pipeline}").program
+    program = fxpass.run_passes(fxpass.capture(original), f"preserve-sparsity,exact,{EagerTarget.pipeline}").program
     frontend = MaceFrontend()
     facts = frontend.attributes(original)
     model = counted(frontend, facts, program)
