@@ -300,3 +300,11 @@ def test_batches_equal_single_structures(pair: tuple[torch.nn.Module, fxpass.Opt
     apart = [call(optimised, batch([item], optimised)) for item in items]
     assert torch.allclose(together["energy"], torch.cat([r["energy"] for r in apart]), rtol=0, atol=1e-10)
     assert torch.allclose(together["forces"], torch.cat([r["forces"] for r in apart]), rtol=0, atol=1e-10)
+
+
+def test_the_default_preset_on_several_heads() -> None:
+    """Its head masks are made in torch's default type, not in the model's: the float64 twin must make them in float64."""
+    model = build(heads=["pbe", "r2scan", "Default"], hidden="4x0e", l_max=1, correlation=1)
+    report = fxpass.optimize(model).report
+    assert report.receipt is not None and report.receipt.passed
+    assert any(record.name == "tabulate" and record.modified for record in report.records)

@@ -117,6 +117,8 @@ class Program:
             if node.op == "call_function":
                 node.args = fx.node.map_aggregate(node.args, other)
                 node.kwargs = fx.node.map_aggregate(node.kwargs, other)
+                if _makes_default_floats(node):
+                    node.kwargs = {**node.kwargs, "dtype": dtype}
         module.recompile()
 
         def retyped(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -142,6 +144,19 @@ class Program:
         graph.output(returned)
         graph.output_node().meta = copy.copy(source.graph.output_node().meta)
         return replace(self, graph_module=fx.GraphModule(root, graph, class_name="Program"))
+
+
+def _makes_default_floats(node: fx.Node) -> bool:
+    """Whether a node makes a floating tensor from no other, and leaves its type to torch's default."""
+    schema, value = getattr(node.target, "_schema", None), node.meta.get("val")
+    if schema is None or any(map(_is_tensor, node.all_input_nodes)):
+        return False
+    floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return floats and "dtype" not in node.kwargs and any(argument.name == "dtype" for argument in schema.arguments)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def attribute(program: Program, node: fx.Node) -> torch.Tensor:
