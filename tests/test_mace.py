@@ -303,7 +303,7 @@ def test_batches_equal_single_structures(pair: tuple[torch.nn.Module, fxpass.Opt
 
 
 def test_the_default_preset_on_several_heads() -> None:
-    """Its head masks are made in torch's default type, not in the model's: the float64 twin must make them in float64."""
+    """Head masks are made in torch's default type, not in the model's; the float64 twin makes them in float64."""
     model = build(heads=["pbe", "r2scan", "Default"], hidden="4x0e", l_max=1, correlation=1)
     report = fxpass.optimize(model).report
     assert report.receipt is not None and report.receipt.passed
