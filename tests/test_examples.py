@@ -93,5 +93,6 @@ def test_mace_ase(tmp_path: Path) -> None:
     assert "receipt passed" in printed
     errors = re.findall(r"off by (\S+) eV/atom and (\S+) eV/A", printed)
     assert len(errors) == 3
-    assert all(float(energy) < 1e-10 and float(force) < 1e-9 for energy, force in errors)
+    # the budget of the default preset, whose tables move forces by 1e-6 eV/A at most
+    assert all(float(energy) < 1e-7 and float(force) < 1e-6 for energy, force in errors)
     assert len(re.findall(r"NVE energy within [\d.]+ meV/atom", printed)) == 2
