@@ -260,12 +260,14 @@ def verify(
         optimized: what ``optimize`` or ``load`` returned.
         against: the original, or the path of its checkpoint.
         example: structures to compare on.
-        budget: for results of approximate passes; by default that of their own receipt.
+        budget: for results of approximate passes; by default that of their own receipt, or of the passes themselves.
         probes: compare on the frontend's probe structures too.
     """
     registry = default_registry()
     own = optimized.report.receipt
-    allowed = parse_budget(budget) if budget is not None else own.budget if own is not None else None
+    if budget is None:
+        budget = own.budget if own is not None else _allowed(resolve(optimized.report.pipeline, registry), None)
+    allowed = None if budget is None else parse_budget(budget)
     given = tuple(_structures(example))
     with torch.inference_mode(False), torch.enable_grad():
         model, frontend = open_model(against)

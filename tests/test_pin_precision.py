@@ -462,6 +462,7 @@ def test_results_pass_their_receipt_and_keep_their_bits_in_a_file(tmp_path: Path
 @pytest.mark.slow
 def test_the_alloy_model_meets_its_bars(alloy_model_path: Path, alloy_structures: list[Any]) -> None:
     program = fxpass.capture(alloy_model_path, calibration=alloy_structures[:2])
+    program = replace(program, samples=program.samples[-2:])  # the bars are for structures of dynamics, not probes
     reference = Reference(program, 2)
     own = rotation_error(program, 1)
     for compute, bar in ((F16, 5e-4), (BF16, 3e-3)):

@@ -123,7 +123,7 @@ def test_inductor_keeps_regions_apart() -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     doubled = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2.0))
-    inside = graph.call_function(guard, (doubled, "region", "enter"))
+    inside = graph.call_function(guard, (doubled, "enter region"))
     graph.output(graph.call_function(torch.ops.aten.sin.default, (inside,)))
     module = torch.fx.GraphModule(nn.Module(), graph)
 
