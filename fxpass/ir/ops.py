@@ -8,10 +8,7 @@ of an op is the same op with another ``wrt``, to any order.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import sympy
@@ -24,29 +21,30 @@ from ..algebra.multilinear import parse_linear, parse_tensor_product
 from ..algebra.piecewise import parse_grid
 from ..algebra.polynomial import parse_polynomial
 from . import reference
+from .semantic import (
+    SemanticOp,
+    define,
+    moved,
+    no_cost,
+    no_irreps,
+    no_operands,
+    no_summary,
+    numel,
+    owned,
+    rows_of,
+    slots,
+)
 
-_LIBRARY = torch.library.Library("fxpass", "DEF")
-_LIBRARY.define(
-    "tensor_product(Tensor? x1, Tensor? x2, Tensor? weight, Tensor? out, str spec, str wrt) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "linear(Tensor? x, Tensor? weight, Tensor? out, str spec, str wrt) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-_LIBRARY.define(
+define("tensor_product(Tensor? x1, Tensor? x2, Tensor? weight, Tensor? out, str spec, str wrt) -> Tensor")
+define("linear(Tensor? x, Tensor? weight, Tensor? out, str spec, str wrt) -> Tensor")
+define(
     "polynomial(Tensor x, Tensor[] directions, Tensor? weight, Tensor? out, Tensor coefficients, "
-    "str spec, str wrt) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    "str spec, str wrt) -> Tensor"
 )
-_LIBRARY.define("gather(Tensor x, Tensor index) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-_LIBRARY.define(
-    "scatter_sum(Tensor source, Tensor index, SymInt size) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-_LIBRARY.define(
-    "fusion_guard(Tensor x, str spec) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)
-_LIBRARY.define("dequantize(Tensor q, Tensor scale) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+define("gather(Tensor x, Tensor index) -> Tensor")
+define("scatter_sum(Tensor source, Tensor index, SymInt size) -> Tensor")
+define("fusion_guard(Tensor x, str spec) -> Tensor", torch.Tag.flexible_layout)
+define("dequantize(Tensor q, Tensor scale) -> Tensor")
 
 tensor_product = torch.ops.fxpass.tensor_product.default
 linear = torch.ops.fxpass.linear.default
@@ -54,23 +52,12 @@ polynomial = torch.ops.fxpass.polynomial.default
 gather = torch.ops.fxpass.gather.default
 scatter_sum = torch.ops.fxpass.scatter_sum.default
 dequantize = torch.ops.fxpass.dequantize.default
-_LIBRARY.define(
-    "table(Tensor x, Tensor? index, Tensor coefficients, str spec, int derivative) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+define("table(Tensor x, Tensor? index, Tensor coefficients, str spec, int derivative) -> Tensor")
 fusion_guard = torch.ops.fxpass.fusion_guard.default
 table = torch.ops.fxpass.table.default
 
-# A reference may return a view of its input (an identity slice); an op's result never aliases one.
-def _owned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(*args: Any) -> Tensor:
-        return function(*args).clone(memory_format=torch.contiguous_format)
-
-    return run
-
-
 for _name in ("tensor_product", "linear", "polynomial", "gather", "scatter_sum", "table", "dequantize"):
-    torch.library.impl(f"fxpass::{_name}", "CompositeExplicitAutograd", _owned(getattr(reference, _name)))
+    torch.library.impl(f"fxpass::{_name}", "CompositeExplicitAutograd", owned(getattr(reference, _name)))
 
 
 def _unguarded(x: Tensor, spec: str) -> Tensor:
@@ -261,61 +248,18 @@ torch.library.register_autograd(
 )
 
 
-@dataclass(frozen=True)
-class SemanticOp:
-    """One row of the semantics table.
-
-    Attributes:
-        name: op name without namespace.
-        reference: plain PyTorch implementation with the op's arguments.
-        summary: node -> short description for people, in place of the full spec.
-        cost: node -> (FLOPs, bytes moved) as sympy expressions in the shape symbols of ``meta["val"]``.
-        irreps: node -> irreps of the result's last dimension (None where the result carries weights).
-        operands: node -> slot name -> (operand node, irreps that the spec demands of it).
-    """
-
-    name: str
-    reference: Callable[..., Tensor]
-    summary: Callable[[fx.Node], str]
-    cost: Callable[[fx.Node], tuple[sympy.Expr, sympy.Expr]]
-    irreps: Callable[[fx.Node], str | None]
-    operands: Callable[[fx.Node], dict[str, tuple[fx.Node, str | None]]]
-
-
-def _slots(node: fx.Node, demanded: dict[str, str]) -> dict[str, tuple[fx.Node, str | None]]:
-    """Operands of a multilinear op by slot, leading arguments being the slots in order."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = zip(names, node.args, strict=False)
-    return {name: (a, demanded[name]) for name, a in given if isinstance(a, fx.Node) and name in demanded}
-
-
-def _numel(value: Tensor) -> sympy.Expr:
-    return reduce(operator.mul, map(size_expr, value.shape), sympy.Integer(1))
-
-
-def _bytes(node: fx.Node) -> sympy.Expr:
-    """Bytes of all tensor operands and of the result: what a perfect kernel moves at least."""
-    values = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    return sum((_numel(v) * v.element_size() for v in (*values, node.meta["val"])), sympy.Integer(0))
-
-
-def _rows(node: fx.Node, *, skip: Sequence[int] = ()) -> sympy.Expr:
-    first = next(a for k, a in enumerate(node.args) if isinstance(a, fx.Node) and k not in skip)
-    return size_expr(first.meta["val"].shape[0])
-
-
 def _spec(node: fx.Node) -> str:
     return str(node.args[-2])
 
 
 def _tp_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
     tp = parse_tensor_product(_spec(node))
-    return _rows(node, skip=(2,) if tp.shared else ()) * tp.flops(), _bytes(node)
+    return rows_of(node, skip=(2,) if tp.shared else ()) * tp.flops(), moved(node)
 
 
 def _linear_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
     lin = parse_linear(_spec(node))
-    return _rows(node, skip=(1,) if lin.shared else ()) * lin.flops(), _bytes(node)
+    return rows_of(node, skip=(1,) if lin.shared else ()) * lin.flops(), moved(node)
 
 
 def _polynomial_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
@@ -326,7 +270,7 @@ def _polynomial_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
     build = (len(poly.order)) * (1 + len(directions))  # type: ignore[arg-type]
     contraction = 2 * count * paths * outputs + (2 * paths * outputs if weight is not None else 0)
     gradient = 2 * sum(map(len, poly.gradient)) if node.args[-1] == "direction" else 0
-    return rows * channels * (build + contraction + gradient), _bytes(node)
+    return rows * channels * (build + contraction + gradient), moved(node)
 
 
 def _tp_irreps(node: fx.Node) -> str | None:
@@ -346,25 +290,17 @@ def _polynomial_irreps(node: fx.Node) -> str | None:
 
 def _tp_operands(node: fx.Node) -> dict[str, tuple[fx.Node, str | None]]:
     tp = parse_tensor_product(_spec(node))
-    return _slots(node, {"x1": tp.irreps1, "x2": tp.irreps2, "out": tp.irreps_out})
+    return slots(node, {"x1": tp.irreps1, "x2": tp.irreps2, "out": tp.irreps_out})
 
 
 def _linear_operands(node: fx.Node) -> dict[str, tuple[fx.Node, str | None]]:
     lin = parse_linear(_spec(node))
-    return _slots(node, {"x": lin.irreps_in, "out": lin.irreps_out})
+    return slots(node, {"x": lin.irreps_in, "out": lin.irreps_out})
 
 
 def _polynomial_operands(node: fx.Node) -> dict[str, tuple[fx.Node, str | None]]:
     poly = parse_polynomial(_spec(node))
-    return _slots(node, {"x": poly.irreps_in, "out": poly.irreps_out})
-
-
-def _no_operands(node: fx.Node) -> dict[str, tuple[fx.Node, str | None]]:
-    return {}
-
-
-def _no_summary(node: fx.Node) -> str:
-    return ""
+    return slots(node, {"x": poly.irreps_in, "out": poly.irreps_out})
 
 
 def _first_irreps(node: fx.Node) -> str | None:
@@ -390,11 +326,7 @@ def _polynomial_summary(node: fx.Node) -> str:
 
 
 def _zero_flops(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
-    return sympy.Integer(0), _bytes(node)
-
-
-def _no_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
-    return sympy.Integer(0), sympy.Integer(0)
+    return sympy.Integer(0), moved(node)
 
 
 def _guard_summary(node: fx.Node) -> str:
@@ -402,7 +334,7 @@ def _guard_summary(node: fx.Node) -> str:
 
 
 def _scatter_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
-    return _numel(node.args[0].meta["val"]), _bytes(node)  # type: ignore[union-attr]
+    return numel(node.args[0].meta["val"]), moved(node)  # type: ignore[union-attr]
 
 
 def _table_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
@@ -430,11 +362,7 @@ def _dequantize_summary(node: fx.Node) -> str:
 
 
 def _dequantize_cost(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
-    return _numel(node.meta["val"]), _bytes(node)
-
-
-def _no_irreps(node: fx.Node) -> str | None:
-    return None
+    return numel(node.meta["val"]), moved(node)
 
 
 SEMANTIC: dict[OpOverload, SemanticOp] = {
@@ -450,15 +378,15 @@ SEMANTIC: dict[OpOverload, SemanticOp] = {
         _polynomial_irreps,
         _polynomial_operands,
     ),
-    gather: SemanticOp("gather", reference.gather, _no_summary, _zero_flops, _first_irreps, _no_operands),
+    gather: SemanticOp("gather", reference.gather, no_summary, _zero_flops, _first_irreps, no_operands),
     scatter_sum: SemanticOp(
-        "scatter_sum", reference.scatter_sum, _no_summary, _scatter_cost, _first_irreps, _no_operands
+        "scatter_sum", reference.scatter_sum, no_summary, _scatter_cost, _first_irreps, no_operands
     ),
     fusion_guard: SemanticOp(
-        "fusion_guard", _unguarded, _guard_summary, _no_cost, _first_irreps, _no_operands
+        "fusion_guard", _unguarded, _guard_summary, no_cost, _first_irreps, no_operands
     ),
-    table: SemanticOp("table", reference.table, _table_summary, _table_cost, _no_irreps, _no_operands),
+    table: SemanticOp("table", reference.table, _table_summary, _table_cost, no_irreps, no_operands),
     dequantize: SemanticOp(
-        "dequantize", reference.dequantize, _dequantize_summary, _dequantize_cost, _no_irreps, _no_operands
+        "dequantize", reference.dequantize, _dequantize_summary, _dequantize_cost, no_irreps, no_operands
     ),
 }
