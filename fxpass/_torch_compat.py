@@ -6,6 +6,7 @@ moves one of them fails there and nowhere else.
 
 from __future__ import annotations
 
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -242,6 +243,25 @@ def fallback_kernel(op: OpOverload, kind: str = "CompositeExplicitAutograd") -> 
 def mark_dynamic(value: torch.Tensor, axis: int) -> None:
     """Tell torch.compile that this size changes from call to call."""
     torch._dynamo.mark_dynamic(value, axis)
+
+
+def aot_compile(
+    module: torch.nn.Module, examples: Sequence[torch.Tensor], dynamic: Sequence[Mapping[int, str]]
+) -> Callable[..., list[torch.Tensor]]:
+    """``module`` compiled ahead of time by AOTInductor and loaded.
+
+    Args:
+        module: takes tensors and returns a list of tensors.
+        examples: its inputs, of sizes of two or more where they are dynamic.
+        dynamic: for each input its dynamic axes and the names of their sizes.
+    """
+    names = dict.fromkeys(name for axes in dynamic for name in axes.values())
+    sizes = {name: torch.export.Dim(name, min=2) for name in names}
+    shapes = [{axis: sizes[name] for axis, name in axes.items()} for axes in dynamic]
+    exported = torch.export.export(module, tuple(examples), dynamic_shapes=(shapes,))
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=f"{folder}/model.pt2")
+        return cast(Callable[..., list[torch.Tensor]], torch._inductor.aoti_load_package(path))
 
 
 def load_pickle(path: str) -> Any:

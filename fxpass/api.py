@@ -4,56 +4,43 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import package
-from .calibration import molecular_dynamics
+from .calibration import sampled, trajectories
 from .capture.capture import copy_model
 from .committee import Committee, join
-from .errors import (
-    FxpassError,
-    Location,
-    PackageError,
-    PassError,
-    UnsupportedModelError,
-    UsageError,
-    VerificationError,
-)
+from .errors import FxpassError, Location, PackageError, PassError, UnsupportedModelError, UsageError, VerificationError
 from .frontends.base import Frontend, dtype_of
-from .instruments import bisect
-from .ir.decompositions import decompose
 from .ir.program import Program
 from .ir.snapshot import snapshot
 from .ir.verifier import verify as verify_program
+from .judge import Judge, allowed, custom_ops, weakest
+from .lowering import legal, lower
 from .optimized import Optimized
-from .passes import Exactness, Pass
+from .passes import Pass
 from .pipeline import format_passes, resolve
-from .registry import FRONTENDS, PASSES, Registry, default_registry
+from .registry import FRONTENDS, PASSES, default_registry
 from .report import PassRecord, Report
 from .runner import Observer, RunResult, run
-from .structures import Evaluation, Evaluator, Structure, probe_structures, read_structures
-from .targets.base import Target, executable
-from .targets.geometry import lower_both
-from .verify.devices import device_rows, kernel_rows
-from .verify.receipt import Receipt, Row, make_receipt
+from .structures import Structure, probe_structures, read_structures
+from .targets.base import Target
+from .verify.receipt import Receipt
 from .verify.tolerances import parse_budget, tolerance
 
 #: a :class:`Structure`, ASE atoms, the path of a file with structures, or a list of these
 Example = Any
 Passes = str | Pass | Iterable[str | Pass]
 Progress = Callable[[str], None]
-
-#: samples on which implementations of custom ops are compared
-MULTIDEVICE = 3
 
 UNVERIFIED = "verification was turned off: nothing was compared with the original"
 
@@ -139,7 +126,7 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
     registry = default_registry()
     chosen = tuple(_budgeted(pass_, budget) for pass_ in resolve(passes, registry))
     backend: Target = registry.target(target)()
-    allowed = _allowed(chosen, budget)
+    margin = allowed(chosen, budget)
     learnt = None if calibration is None else tuple(_structures(calibration))
     if learnt == ():
         raise UsageError("the calibration set is empty", hint="structures like those the model will meet")
@@ -150,9 +137,9 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
         source = copy_model(original)  # what comes of the original later is not the result's concern
         facts = frontend.attributes(source)
         reference, caveats = frontend.reference(source)
-        judged = _Verification(reference, frontend, facts, _exactness(chosen), allowed, registry.target("eager")())
+        judge = Judge(reference, frontend, facts, weakest(chosen), margin, registry.target("eager")())
         if verify:
-            tolerance(facts["dtype"], judged.exactness, allowed)  # refuses what could not be judged at the end
+            tolerance(facts["dtype"], judge.exactness, margin)  # refuses what could not be judged at the end
         for structure in (*structures, *(learnt or ())):
             structure.check(facts["numbers"])
         folder = None if dump is None else _new_folder(Path(dump))
@@ -163,22 +150,22 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
         with clock.stage("calibration"):
             if learnt is None:
                 moving = any(pass_.calibrated for pass_ in chosen)
-                learnt = _trajectories(source, frontend, judged.probes()) if moving else ()
-            captured = _sampled(captured, frontend, facts, (*judged.probes(), *learnt))
+                learnt = trajectories(source, frontend, judge.probes()) if moving else ()
+            captured = sampled(captured, frontend, facts, (*judge.probes(), *learnt))
         with clock.stage("passes"):
             result = run(captured, chosen, check=verify_program, observers=watchers)
             if result.program.stage == "energy":
                 result = _continue(result, resolve("differentiate", registry), watchers)
         with clock.stage(f"lower to {target}"):
-            legal = _legal(result.program, backend, registry)
-            interface = _lower(legal.program, backend, frontend, facts)
+            fit = legal(result.program, backend, registry)
+            interface = lower(fit.program, backend, frontend, facts)
         receipt: Receipt | None = None
         doubts: tuple[str, ...] = ()
         if verify:
             with clock.stage("verify"):
-                probes = (*judged.probes(), *structures)
-                receipt = judged.receipt(interface, result.program, probes)
-                rows, doubts = _custom_ops(captured, chosen)
+                probes = (*judge.probes(), *structures)
+                receipt = judge.receipt(interface, result.program, probes)
+                rows, doubts = custom_ops(captured, chosen)
                 receipt = replace(receipt, rows=(*receipt.rows, *rows))
         report = Report(
             model=f"{type(original).__module__}.{type(original).__qualname__}",
@@ -186,7 +173,7 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
             pipeline=format_passes(chosen),
             target=target,
             versions=_versions(),
-            records=(*result.records, *legal.records),
+            records=(*result.records, *fit.records),
             timings=tuple(clock.timings),
             receipt=receipt,
             warnings=(*caveats, *doubts) if verify else (*caveats, UNVERIFIED),
@@ -194,7 +181,7 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
         if folder is not None:
             (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
         if receipt is not None and not receipt.passed:
-            raise judged.failure(receipt, captured, chosen, probes, registry)
+            raise judge.failure(receipt, captured, chosen, probes, registry)
 
     def rebuild(dtype: torch.dtype, device: torch.device) -> Optimized:
         if device.type != "cpu":
@@ -237,7 +224,7 @@ def capture(model: nn.Module | str | Path, *, calibration: Example | None = None
         program = frontend.capture(model)
         verify_program(program)
         probes = probe_structures(facts["numbers"], facts["cutoff"])
-        return _sampled(program, frontend, facts, (*probes, *_structures(calibration)))
+        return sampled(program, frontend, facts, (*probes, *_structures(calibration)))
 
 
 def run_passes(program: Program, passes: Passes, *, observers: Sequence[Observer] = ()) -> RunResult:
@@ -266,8 +253,8 @@ def verify(
     registry = default_registry()
     own = optimized.report.receipt
     if budget is None:
-        budget = own.budget if own is not None else _allowed(resolve(optimized.report.pipeline, registry), None)
-    allowed = None if budget is None else parse_budget(budget)
+        budget = own.budget if own is not None else allowed(resolve(optimized.report.pipeline, registry), None)
+    margin = None if budget is None else parse_budget(budget)
     given = tuple(_structures(example))
     with torch.inference_mode(False), torch.enable_grad():
         model, frontend = open_model(against)
@@ -284,8 +271,8 @@ def verify(
         model, _ = frontend.reference(model)
         chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
         eager: Target = registry.target("eager")()
-        judged = _Verification(model, frontend, facts, _exactness(chosen), allowed, eager)
-        return judged.receipt(optimized.interface, optimized.program, (*(judged.probes() if probes else ()), *given))
+        judge = Judge(model, frontend, facts, weakest(chosen), margin, eager)
+        return judge.receipt(optimized.interface, optimized.program, (*(judge.probes() if probes else ()), *given))
 
 
 def open_model(model: nn.Module | str | Path) -> tuple[nn.Module, Frontend]:
@@ -349,23 +336,8 @@ def assemble(saved: package.Saved) -> Optimized:
         verify_program(saved.program)
         interface = saved.script
         if interface is None:
-            legal = _legal(saved.program, backend, registry).program
-            interface = _lower(legal, backend, frontend, saved.facts)
+            interface = lower(legal(saved.program, backend, registry).program, backend, frontend, saved.facts)
     return Optimized(interface, saved.program, saved.report, frontend, backend, saved.facts, None)
-
-
-def _legal(program: Program, target: Target, registry: Registry) -> RunResult:
-    """``program`` made fit for ``target``; verified once, at the end, because its graph is ten times larger."""
-    result = run(program, resolve(target.pipeline, registry), check=lambda _: None)
-    verify_program(result.program)
-    return result
-
-
-def _lower(program: Program, target: Target, frontend: Frontend, facts: Mapping[str, Any]) -> nn.Module:
-    energy, forces = lower_both(program, target)
-    interface = frontend.interface(energy, forces, {**facts, "assumptions": list(program.assumptions)})
-    interface.eval()
-    return interface
 
 
 def _continue(done: RunResult, passes: Sequence[Pass], observers: Sequence[Observer]) -> RunResult:
@@ -378,66 +350,6 @@ def _budgeted(pass_: Pass, budget: str | float | None) -> Pass:
     if budget is None or pass_.default_budget is not None or getattr(pass_, "budget", budget) is not None:
         return pass_
     return replace(pass_, budget=budget)  # type: ignore[call-arg]
-
-
-def _allowed(passes: Sequence[Pass], budget: str | float | None) -> float | None:
-    """The force error that a receipt allows, eV/Angstrom: the user's, or the sum of what the passes state."""
-    if budget is not None:
-        return parse_budget(budget)
-    approximate = [pass_ for pass_ in passes if pass_.exactness is Exactness.APPROXIMATE]
-    stated = [getattr(pass_, "budget", None) or pass_.default_budget for pass_ in approximate]
-    if not stated or None in stated:
-        return None
-    return sum(parse_budget(b) for b in stated if b is not None)
-
-
-def _custom_ops(program: Program, passes: Sequence[Pass]) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """What the receipt says of custom ops: their references on every device against them, and kernels that differ."""
-    references = next((r for r in (getattr(pass_, "references", None) for pass_ in passes) if r), None)
-    done = decompose(program, references, made_by="verify")
-    if not done.replaced or done.opaque:
-        return (), ()
-    samples = program.samples[:MULTIDEVICE]
-    wrong = [row for row in kernel_rows(program, samples, references) if not row.passed]
-    doubts = tuple(f"{row.check} differs from its reference by {row.value:.1e} ({row.structure})" for row in wrong)
-    return device_rows(program, done.program, samples), doubts
-
-
-def _trajectories(model: nn.Module, frontend: Frontend, probes: Iterable[Structure]) -> tuple[Structure, ...]:
-    """Frames of short molecular dynamics from the probe structures that have more than one bond."""
-
-    def evaluate(structure: Structure) -> Evaluation:
-        return frontend.evaluate(model, structure)
-
-    runs = [molecular_dynamics(evaluate, p, temperature=600.0, steps=40, every=8) for p in probes if len(p) > 2]
-    return tuple(frame for run in runs for frame in run)
-
-
-class _Recorder(nn.Module):
-    """Stands in for a lowered program, and keeps the inputs that the family's interface gives it."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__()
-        self.program = program
-        self.run = executable(program)
-        self.taken: list[dict[str, Tensor]] = []
-
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
-        sample = {spec.name: value.detach() for spec, value in zip(self.program.inputs, inputs, strict=True)}
-        self.taken.append(sample)
-        (vectors,) = self.program.with_property("edge_vector")
-        return [*self.run(*inputs), torch.zeros_like(sample[vectors.name])]
-
-
-def _sampled(
-    program: Program, frontend: Frontend, facts: Mapping[str, Any], structures: Iterable[Structure]
-) -> Program:
-    """``program`` with the inputs that its family makes of ``structures``."""
-    recorder = _Recorder(program)
-    interface = frontend.interface(recorder, recorder, facts)
-    for structure in structures:
-        frontend.evaluate(interface, structure)
-    return replace(program, samples=tuple(recorder.taken))
 
 
 def _structures(example: Any) -> Iterator[Structure]:
@@ -456,12 +368,6 @@ def _structures(example: Any) -> Iterator[Structure]:
         raise UsageError(
             f"{type(example).__name__} is not a structure", hint="a Structure, ASE atoms, a list of these, or a file"
         )
-
-
-def _exactness(passes: Iterable[Pass | type[Pass]]) -> Exactness:
-    """The weakest class among the passes; capture itself reassociates."""
-    weak = [Exactness.REASSOCIATES, *(p.exactness for p in passes)]
-    return Exactness.APPROXIMATE if Exactness.APPROXIMATE in weak else Exactness.REASSOCIATES
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
@@ -492,79 +398,6 @@ class _Dump:
 
     def _write(self, title: str, program: Program) -> None:
         (self.folder / f"{self.done:02d}-{title}.txt").write_text(snapshot(program, title).code() + "\n")
-
-
-@dataclass(frozen=True)
-class _Verification:
-    """What a result is held against."""
-
-    model: nn.Module
-    frontend: Frontend
-    facts: Mapping[str, Any]
-    exactness: Exactness
-    budget: float | None
-    eager: Target
-
-    def probes(self) -> tuple[Structure, ...]:
-        """The frontend's probe structures, and one of them for every further head."""
-        probes = probe_structures(self.facts["numbers"], self.facts["cutoff"])
-        heads = self.facts.get("heads", [])[1:]
-        return (*probes, *(replace(probes[0], name=f"{probes[0].name}, head {h}", head=h) for h in heads))
-
-    def evaluator(self, module: nn.Module) -> Evaluator:
-        return lambda structure: self.frontend.evaluate(module, structure)
-
-    def receipt(self, interface: nn.Module, program: Program, structures: Sequence[Structure]) -> Receipt:
-        """Compare ``interface``; derivatives are tested on ``program`` in float64, before lowering rounds constants."""
-        dtype = str(dtype_of(self.model)).removeprefix("torch.")
-        single = dtype == "float32"
-        reference = self.evaluator(copy_model(self.model).double())
-        twin = None
-        if single or self.exactness is Exactness.APPROXIMATE:  # which may compute in more than one type
-            facts = {**self.facts, "dtype": "float64"}
-            twin = self.evaluator(_lower(program.cast(torch.float64), self.eager, self.frontend, facts))
-        return make_receipt(
-            reference,
-            self.evaluator(interface),
-            structures=structures,
-            dtype=dtype,
-            exactness=self.exactness,
-            original=self.evaluator(self.model) if single else None,
-            budget=self.budget,
-            candidate64=twin,
-        )
-
-    def failure(
-        self,
-        receipt: Receipt,
-        captured: Program,
-        passes: Sequence[Pass],
-        probes: Sequence[Structure],
-        registry: Registry,
-    ) -> FxpassError:
-        """The error for a failed receipt, with the first pass after which it fails."""
-        bad = {row.structure for row in receipt.failures}
-        suspects = [s for s in probes if s.name in bad]
-
-        @cache
-        def is_good(program: Program) -> bool:
-            if program.stage == "energy":
-                program = run(program, resolve("differentiate", registry), check=verify_program).program
-            legal = _legal(program, self.eager, registry).program
-            interface = _lower(legal, self.eager, self.frontend, self.facts)
-            return self.receipt(interface, program, suspects).passed
-
-        if not is_good(captured):
-            guilty, blame = None, "the capture"
-        else:
-            found = bisect(captured, passes, is_good, check=verify_program)
-            guilty = None if found is None else found.name
-            blame = "the lowering" if found is None else f"the pass {found.name}"
-        return VerificationError(
-            f"the result is outside its tolerance and is not returned; {blame} is to blame. {receipt.summary()}",
-            where=Location(pass_name=guilty),
-            hint="the pipeline without it, a wider budget=, or fxpass inspect to look at the graph",
-        )
 
 
 def _new_folder(path: Path) -> Path:

@@ -1,13 +1,21 @@
-"""Structures to calibrate on where the user gives none: a short molecular dynamics with the model itself."""
+"""What passes measure on: frames of a short molecular dynamics where the user gives none, and a program's inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from .errors import StructureError, UsageError
+from .frontends.base import Frontend
+from .ir.program import Program
 from .structures import SYMBOLS, Evaluation, Evaluator, Floats, Structure
+from .targets.base import executable
 
 BOLTZMANN = 8.617333262e-5  # eV/K
 FEMTOSECOND = 0.09822694788  # in Angstrom sqrt(amu/eV), the unit of time that eV, Angstrom and amu imply
@@ -105,3 +113,37 @@ def _forces(evaluation: Evaluation, structure: Structure, step: int) -> Floats:
             "or give structures to calibrate on.",
         )
     return forces
+
+
+def trajectories(model: nn.Module, frontend: Frontend, probes: Iterable[Structure]) -> tuple[Structure, ...]:
+    """Frames of short molecular dynamics from the probe structures that have more than one bond."""
+    evaluate = partial(frontend.evaluate, model)
+    runs = [molecular_dynamics(evaluate, p, temperature=600.0, steps=40, every=8) for p in probes if len(p) > 2]
+    return tuple(frame for run in runs for frame in run)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a lowered program, and keeps the inputs that the family's interface gives it."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self.run = executable(program)
+        self.taken: list[dict[str, Tensor]] = []
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        sample = {spec.name: value.detach() for spec, value in zip(self.program.inputs, inputs, strict=True)}
+        self.taken.append(sample)
+        (vectors,) = self.program.with_property("edge_vector")
+        return [*self.run(*inputs), torch.zeros_like(sample[vectors.name])]
+
+
+def sampled(
+    program: Program, frontend: Frontend, facts: Mapping[str, Any], structures: Iterable[Structure]
+) -> Program:
+    """``program``, at stage ``"energy"``, with the inputs that its family makes of ``structures``."""
+    recorder = _Recorder(program)
+    interface = frontend.interface(recorder, recorder, facts)
+    for structure in structures:
+        frontend.evaluate(interface, structure)
+    return replace(program, samples=tuple(recorder.taken))

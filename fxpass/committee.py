@@ -15,13 +15,14 @@ from .errors import UsageError, VerificationError
 from .ir.merge import merge
 from .ir.program import Program
 from .ir.verifier import verify as verify_program
+from .lowering import legal
 from .optimized import Optimized
 from .passes import Exactness
 from .pipeline import resolve
 from .registry import default_registry
 from .report import PassRecord, Report
 from .runner import run
-from .structures import Evaluation, Structure, probe_structures
+from .structures import Evaluation, Neighbours, Structure, neighbour_list, probe_structures
 from .targets.ase import calculator
 from .targets.geometry import lower_both
 from .verify.physics import deviation, largest
@@ -127,8 +128,14 @@ class Committee(nn.Module):
         mean = None if name in self.features else together.mean(0)
         return {name: mean, f"{name}_comm": together, f"{name}_var": together.var(0, unbiased=False)}
 
-    def evaluate(self, structure: Structure) -> tuple[Evaluation, dict[str, Any]]:
+    def evaluate(
+        self, structure: Structure, neighbours: Neighbours = neighbour_list
+    ) -> tuple[Evaluation, dict[str, Any]]:
         """A structure's mean energy, forces and stress, and what the members say.
+
+        Args:
+            structure: what to evaluate.
+            neighbours: what makes the neighbour list.
 
         Returns:
             The means, and as numpy arrays in float64 ``energy_comm`` [members] and ``energy_var``; ``forces_comm``
@@ -138,7 +145,7 @@ class Committee(nn.Module):
         results: list[dict[str, Any]] = []
         hook = self.register_forward_hook(lambda _module, _args, result: results.append(result))
         try:
-            mean = self.frontend.evaluate(self, structure)
+            mean = self.frontend.evaluate(self, structure, neighbours)
         finally:
             hook.remove()
         spread: dict[str, Any] = {}
@@ -150,26 +157,28 @@ class Committee(nn.Module):
                 spread[name] = array[:, 0] if per_graph and "comm" in name else array[0] if per_graph else array
         return mean, spread
 
-    def calculator(self, *, head: str | None = None) -> Calculator:
+    def calculator(self, *, head: str | None = None, skin: float = 0.5) -> Calculator:
         """An ASE calculator of the means, whose results also hold what :meth:`evaluate` says of the members.
 
         The names are those that MACE's calculator has for committees.
 
         Args:
             head: the head to evaluate, of a multi-head model.
+            skin: Angstrom; as for :meth:`Optimized.calculator`.
 
         Raises:
             MissingExtraError: ASE is not installed.
+            UsageError: a skin that is no length.
         """
         spread: dict[str, Any] = {}
 
-        def mean(structure: Structure) -> Evaluation:
-            found, members = self.evaluate(structure)
+        def mean(structure: Structure, neighbours: Neighbours) -> Evaluation:
+            found, members = self.evaluate(structure, neighbours)
             spread.clear()
             spread.update(members)
             return found
 
-        plain = calculator(mean, head=head)
+        plain = calculator(mean, self.members[0].facts["cutoff"], head=head, skin=skin)
 
         class CommitteeCalculator(type(plain)):  # type: ignore[misc]
             implemented_properties = [*plain.implemented_properties, *SPREAD]  # noqa: RUF012  as ASE declares it
@@ -223,10 +232,9 @@ def join(members: Sequence[Optimized], target: str = "eager", *, verify: bool = 
         merged = merge([member.program for member in members])
         verify_program(merged)
         shared = run(merged, resolve(SHARING, registry), check=verify_program)
-        legal = run(shared.program, resolve(backend.pipeline, registry), check=lambda _: None)
-        verify_program(legal.program)
-        runs = lower_both(legal.program, backend, gradients=len(members))
-    records = (*shared.records, *legal.records)
+        fit = legal(shared.program, backend, registry)
+        runs = lower_both(fit.program, backend, gradients=len(members))
+    records = (*shared.records, *fit.records)
     report = CommitteeReport(tuple(member.report for member in members), target, records, None)
     committee = Committee(members, shared.program, runs, report)
     if verify:

@@ -65,22 +65,31 @@ class Edges(nn.Module):
         order: Tensor | None = None
         if self.drop or self.mask or self.shortest > 0:
             lengths = torch.linalg.vector_norm(vectors.detach(), dim=1)
-            # NaN is no padding: it must come out as NaN
-            padding = (lengths >= self.cutoff) | (index < 0).any(0) | ((index[0] == index[1]) & (lengths == 0))
-            if self.shortest > 0:
-                self._refuse_short(lengths, padding)
-            if self.drop and bool(padding.any()):
-                order = torch.logical_not(padding).nonzero().flatten()
-                vectors, index = vectors.index_select(0, order), index.index_select(1, order)
-            if self.mask:
-                far = torch.full_like(vectors[:1], 2 * self.cutoff)
-                vectors = torch.where(padding.unsqueeze(1), far, vectors)
-                index = torch.where(padding.unsqueeze(0), torch.full_like(index[:, :1], atoms), index)
-        if self.sort:
+            if not self._unremarkable(lengths, index):
+                # NaN is no padding: it must come out as NaN
+                padding = (lengths >= self.cutoff) | (index < 0).any(0) | ((index[0] == index[1]) & (lengths == 0))
+                if self.shortest > 0:
+                    self._refuse_short(lengths, padding)
+                if self.drop and bool(padding.any()):
+                    order = torch.logical_not(padding).nonzero().flatten()
+                    vectors, index = vectors.index_select(0, order), index.index_select(1, order)
+                if self.mask:
+                    far = torch.full_like(vectors[:1], 2 * self.cutoff)
+                    vectors = torch.where(padding.unsqueeze(1), far, vectors)
+                    index = torch.where(padding.unsqueeze(0), torch.full_like(index[:, :1], atoms), index)
+        if self.sort and not in_order(index, atoms):
             sorting = canonical_order(vectors.detach(), index, atoms)
             vectors, index = vectors.index_select(0, sorting), index.index_select(1, sorting)
             order = sorting if order is None else order.index_select(0, sorting)
         return vectors, index, order
+
+    def _unremarkable(self, lengths: Tensor, index: Tensor) -> bool:
+        """Whether it is plain that no edge is padding, too short or NaN: what nearly every call finds."""
+        if lengths.numel() == 0:
+            return True
+        low, high = torch.aminmax(lengths)  # NaN if any length is, and then no comparison holds
+        shortest = float(low)
+        return shortest > 0 and shortest >= self.shortest and bool(high < self.cutoff) and int(index.min()) >= 0
 
     def _refuse_short(self, lengths: Tensor, padding: Tensor) -> None:
         real = lengths[torch.logical_not(padding)]
@@ -131,6 +140,12 @@ def atom_forces(gradient: Tensor, index: Tensor, like: Tensor) -> Tensor:
     Negated first: a factor in ``index_add`` takes torch's slow path, ten times slower on the CPU.
     """
     return torch.zeros_like(like).index_add(0, index[0], gradient).index_add(0, index[1], -gradient)
+
+
+def in_order(index: Tensor, atoms: int) -> bool:
+    """Whether edges are sorted by receiver, then sender, and no two atoms share more than one edge."""
+    key = index[1] * (atoms + 1) + index[0]
+    return bool((key[1:] > key[:-1]).all())
 
 
 def canonical_order(vectors: Tensor, index: Tensor, atoms: int) -> Tensor:

@@ -93,5 +93,9 @@ class LoweringError(FxpassError):
     """A target cannot carry the graph."""
 
 
+class KernelError(LoweringError):
+    """A generated kernel does not compile or load; its source is kept and named."""
+
+
 class PackageError(UsageError):
     """A saved fxpass package is truncated, altered, or from a newer format."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import _torch_compat
 from .errors import UnsupportedModelError, UsageError
-from .structures import Structure, neighbour_list
+from .structures import Neighbours, Structure, neighbour_list
 
 WEIGHTS = Path(__file__).parent / "data" / "small_potential.npz"
 FORMAT = "fxpass small potential 1"
@@ -236,7 +236,11 @@ def edge_vectors(positions: Tensor, edge_index: Tensor, shifts: Tensor) -> Tenso
 
 
 def collate(
-    structures: Sequence[Structure], numbers: Sequence[int], cutoff: float, dtype: torch.dtype = torch.float32
+    structures: Sequence[Structure],
+    numbers: Sequence[int],
+    cutoff: float,
+    dtype: torch.dtype = torch.float32,
+    neighbours: Neighbours = neighbour_list,
 ) -> dict[str, Tensor]:
     """The input of ``SmallPotential`` for a batch of structures.
 
@@ -245,6 +249,7 @@ def collate(
         numbers: atomic numbers that the model knows.
         cutoff: of the model, Angstrom.
         dtype: of positions, shifts and cells.
+        neighbours: what makes the neighbour lists.
 
     Raises:
         StructureError: a structure makes no sense or holds another species.
@@ -252,8 +257,8 @@ def collate(
     edges, shifts = [], []
     first = 0
     for structure in structures:
-        structure.check(numbers)
-        pairs, units = neighbour_list(structure, cutoff)
+        structure.check(numbers, neighbours)
+        pairs, units = neighbours(structure, cutoff)
         edges.append(pairs + first)
         shifts.append(units @ structure.cell)
         first += len(structure)

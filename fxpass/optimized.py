@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,16 +71,19 @@ class Optimized(nn.Module):
         """The optimised graph with its semantic ops, to look at and to run (canonical inputs, see ``program``)."""
         return self.program.graph_module
 
-    def calculator(self, *, head: str | None = None) -> Calculator:
+    def calculator(self, *, head: str | None = None, skin: float = 0.5) -> Calculator:
         """An ASE calculator with energy, free_energy, forces and, for periodic cells, stress.
 
         Args:
             head: the head to evaluate, of a multi-head model.
+            skin: Angstrom; pairs of atoms are listed anew only where an atom has moved further than half of it
+                (:class:`fxpass.structures.VerletList`).  Results do not depend on it, in any bit.
 
         Raises:
             MissingExtraError: ASE is not installed.
+            UsageError: a skin that is no length.
         """
-        return calculator(lambda structure: self.frontend.evaluate(self, structure), head=head)
+        return calculator(partial(self.frontend.evaluate, self), self.facts["cutoff"], head=head, skin=skin)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the model to ``path``: a data-only package, or a TorchScript file for that target.

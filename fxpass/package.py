@@ -41,7 +41,7 @@ _DAMAGE = (
 )
 _FUNCTIONS = {f"{f.__module__.lstrip('_')}.{f.__name__}": f for f in ARITHMETIC}
 #: string arguments of ATen ops that select a formula; any other string could name a file
-_STRINGS = frozenset({"rounding_mode", "approximate", "reduce", "indexing", "spec", "wrt"})
+_STRINGS = frozenset({"rounding_mode", "approximate", "reduce", "indexing", "spec", "wrt", "grid"})
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,11 +73,12 @@ class Structure:
         """Volume of the cell in Angstrom^3; 0 where a cell vector is missing."""
         return float(abs(np.linalg.det(self.cell)))
 
-    def check(self, known_numbers: Iterable[int] | None = None) -> None:
+    def check(self, known_numbers: Iterable[int] | None = None, neighbours: Neighbours | None = None) -> None:
         """Refuse what no model can evaluate.
 
         Args:
             known_numbers: atomic numbers that the model knows; ``None`` for all elements.
+            neighbours: what lists the pairs of atoms; ``None`` for :func:`neighbour_list`.
 
         Raises:
             StructureError: wrong shapes, no atoms, NaN or infinite coordinates, a missing or degenerate
@@ -102,7 +103,7 @@ class Structure:
         if unknown:
             names = "elements" if known_numbers is None else _symbols(known)
             raise StructureError(f"{self.name} has the unknown species {_symbols(unknown)}; known are {names}.")
-        pairs, _ = neighbour_list(self, COINCIDENT)
+        pairs, _ = (neighbours or neighbour_list)(self, COINCIDENT)
         if pairs.size:
             i, j = sorted(pairs[:, 0].tolist())
             raise StructureError(f"{self.name} has atoms {i} and {j} at the same place.")
@@ -157,6 +158,8 @@ class Evaluation:
 
 
 Evaluator = Callable[[Structure], Evaluation]
+#: makes neighbour lists: (structure, cutoff in Angstrom) -> (edge_index, unit_shifts), as :func:`neighbour_list` does
+Neighbours = Callable[[Structure, float], tuple[Integers, Floats]]
 
 
 def _symbols(numbers: Iterable[int]) -> str:
@@ -307,12 +310,10 @@ def neighbour_list(structure: Structure, cutoff: float) -> tuple[Integers, Float
     if not (np.isfinite(cutoff) and cutoff > 0):
         raise UsageError(f"A cutoff of {cutoff} Angstrom is not a positive length.")
     positions, periodic = structure.positions, np.array(structure.pbc)
-    a, b, c = structure.cell
     reach = cutoff + 1e-9  # so that rounding in fractional coordinates loses no pair
 
     # Coordinates in units of the periodic vectors and, along the rest, of unit vectors normal to them.
-    basis = structure.cell.copy()
-    basis[~periodic] = np.linalg.svd(basis[periodic])[2][periodic.sum() :]
+    basis = _basis(structure)
     inverse = np.linalg.inv(basis)
     fractional = positions @ inverse
     origin = np.where(periodic, 0.0, fractional.min(axis=0))
@@ -343,14 +344,128 @@ def neighbour_list(structure: Structure, cutoff: float) -> tuple[Integers, Float
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         receiver = order[np.repeat(first, counts) + within]
         shift = image[sender] + wraps[sender] - wraps[receiver]
-        # Written out, not a matrix product: the edge i -> j is kept exactly when j -> i is.
-        vector = positions[receiver] - positions[sender]
-        vector += shift[:, :1] * a + shift[:, 1:2] * b + shift[:, 2:] * c
-        near = ((vector * vector).sum(axis=1) < cutoff * cutoff) & ((sender != receiver) | shift.any(axis=1))
+        pairs = np.stack([sender, receiver])
+        squares = _squared_lengths(positions, pairs, _offsets(shift, structure.cell))
+        near = (squares < cutoff * cutoff) & ((sender != receiver) | shift.any(axis=1))
         found.append(np.column_stack([sender, receiver, shift])[near])
     edges = np.concatenate(found)
-    edges = edges[np.lexsort((edges[:, 4], edges[:, 3], edges[:, 2], edges[:, 0], edges[:, 1]))]
-    return np.ascontiguousarray(edges[:, :2].T), edges[:, 2:].astype(np.float64)
+    return _in_order(edges[:, :2].T, edges[:, 2:])
+
+
+def _basis(structure: Structure) -> Floats:
+    """The periodic cell vectors, and unit vectors normal to them and to each other in place of the rest."""
+    basis, periodic = structure.cell.copy(), np.array(structure.pbc)
+    basis[~periodic] = np.linalg.svd(basis[periodic])[2][periodic.sum() :]
+    return basis
+
+
+def _offsets(shifts: NDArray[Any], cell: Floats) -> Floats:
+    """Cartesian components [3, edges] of shifts [edges, 3] in units of the cell vectors."""
+    # Written out, not a matrix product: the edge i -> j is kept exactly when j -> i is.
+    return np.stack([shifts[:, 0] * a + shifts[:, 1] * b + shifts[:, 2] * c for a, b, c in cell.T])
+
+
+def _squared_lengths(positions: Floats, edges: Integers, offsets: Floats) -> Floats:
+    """Squared lengths [edges] of the vectors from senders to receivers, plus offsets [3, edges]."""
+    squares = np.zeros(edges.shape[1])
+    for x, offset in zip(np.ascontiguousarray(positions.T), offsets, strict=True):
+        along = x.take(edges[1])
+        along -= x.take(edges[0])
+        along += offset
+        along *= along
+        squares += along
+    return squares
+
+
+def _in_order(edges: Integers, shifts: NDArray[Any]) -> tuple[Integers, Floats]:
+    """Edges [2, edges] and shifts [edges, 3] sorted by receiver, then sender, then shift."""
+    order = np.lexsort((*shifts.T[::-1], edges[0], edges[1]))
+    return edges.take(order, axis=1), shifts.take(order, axis=0).astype(np.float64)
+
+
+class VerletList:
+    """Neighbour lists of structures that follow one another, with a skin: as a function, :func:`neighbour_list`.
+
+    It returns **the same arrays**, element by element and in the same order, so a model's results are the same bits.
+    Pairs within the cutoff and a skin are kept, and every call picks those that are within the cutoff now
+    (Verlet, Phys. Rev. 159, 98 (1967)).  They are listed anew where an atom has moved further than half the skin
+    since, and where the cell, the periodicity or the number of atoms has changed.
+
+    ``vesin`` makes the list of pairs where it is installed, :func:`neighbour_list` elsewhere.
+
+    Args:
+        cutoff: the longest cutoff that will be asked for, Angstrom.
+        skin: Angstrom.  A thick one costs more pairs each step, a thin one more lists; 0 makes a list whenever an
+            atom moves.
+
+    Attributes:
+        made: how many lists of pairs were made.
+
+    Raises:
+        UsageError: a cutoff or skin that is no length, when it is made; a longer cutoff, when it is called.
+    """
+
+    def __init__(self, cutoff: float, skin: float = 0.5) -> None:
+        if not (np.isfinite(cutoff) and cutoff > 0):
+            raise UsageError(f"A cutoff of {cutoff} Angstrom is not a positive length.")
+        if not (np.isfinite(skin) and skin >= 0):
+            raise UsageError(f"A skin of {skin} Angstrom is not a length.", hint="0.5, or 0 for none")
+        self.cutoff = cutoff
+        self.skin = skin
+        self.made = 0
+        self._pairs: _Pairs | None = None
+        self._measured: tuple[Floats, Floats] | None = None
+
+    def __call__(self, structure: Structure, cutoff: float) -> tuple[Integers, Floats]:
+        if not 0 < cutoff <= self.cutoff:
+            raise UsageError(f"This list is for cutoffs up to {self.cutoff} Angstrom, not {cutoff}.")
+        pairs = self._pairs
+        if pairs is None or not pairs.cover(structure, self.skin):
+            self._pairs = pairs = _Pairs.of(structure, self.cutoff + self.skin)
+            self._measured = None
+            self.made += 1
+        if self._measured is None or not np.array_equal(self._measured[0], structure.positions):
+            squares = _squared_lengths(structure.positions, pairs.edges, pairs.offsets)
+            self._measured = structure.positions.copy(), squares
+        near = np.flatnonzero(self._measured[1] < cutoff * cutoff)
+        return pairs.edges.take(near, axis=1), pairs.shifts.take(near, axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """All pairs of atoms that were nearer than some length when the atoms were at ``positions``."""
+
+    positions: Floats
+    cell: Floats
+    pbc: tuple[bool, bool, bool]
+    edges: Integers
+    shifts: Floats
+    offsets: Floats
+
+    @classmethod
+    def of(cls, structure: Structure, reach: float) -> _Pairs:
+        edges, shifts = _list_pairs(structure, reach + 1e-9)
+        cell = structure.cell.copy()
+        return cls(structure.positions.copy(), cell, structure.pbc, edges, shifts, _offsets(shifts, cell))
+
+    def cover(self, structure: Structure, skin: float) -> bool:
+        """Whether every pair that is within the reach less the skin now is one of these."""
+        same = structure.pbc == self.pbc and np.array_equal(structure.cell, self.cell)
+        if not same or structure.positions.shape != self.positions.shape:
+            return False
+        moved = structure.positions - self.positions
+        return bool(np.einsum("ij,ij->i", moved, moved).max() <= (0.5 * skin) ** 2)
+
+
+def _list_pairs(structure: Structure, reach: float) -> tuple[Integers, Floats]:
+    """``neighbour_list``, made by vesin where it is installed; pairs that are as long as ``reach`` may differ."""
+    try:
+        from vesin import NeighborList
+    except ModuleNotFoundError:
+        return neighbour_list(structure, reach)
+    find = NeighborList(cutoff=reach, full_list=True, n_threads=1)  # the model's threads are not spun for this
+    pairs, shifts = find.compute(structure.positions, _basis(structure), np.array(structure.pbc), "PS")
+    return _in_order(pairs.T.astype(np.int64), shifts)
 
 
 # Structures to compare models on

@@ -17,7 +17,7 @@ from fxpass.errors import CaptureError, PassError, UnsupportedModelError
 from fxpass.ir import ops
 from fxpass.ir.legalize import legalize, semantic_nodes
 from fxpass.ir.metadata import provenance
-from fxpass.ir.program import Program, TensorSpec
+from fxpass.ir.program import Program, TensorSpec, ancestors
 from fxpass.ir.verifier import verify
 
 INPUTS = (
@@ -185,6 +185,15 @@ def test_what_cannot_be_proven_is_refused(energy: Energy, words: tuple[str, ...]
     for word in words:
         assert word in str(caught.value)
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_bug_of_the_compiler_is_not_told_as_one_of_the_model() -> None:
+    def energy(v: Tensor, i: Tensor, s: Tensor) -> Tensor:
+        ancestors(3)  # type: ignore[arg-type]
+        return v
+
+    with pytest.raises(TypeError, match="not iterable"):
+        captured(nn.Module(), energy)
 
 
 def test_an_op_without_a_shape_function_is_refused_by_name() -> None:

@@ -24,13 +24,13 @@ ORDER = (
     {"errors", "_torch_compat"},
     {"algebra", "edges"},
     {"ir"},
-    {"rewrite", "passes"},
+    {"rewrite", "passes", "kernels"},
     {"registry", "pipeline", "structures", "models"},
-    {"capture", "calibration"},
+    {"capture"},
     {"runner", "verify", "instruments"},
     {"report"},
     {"render", "frontends", "targets"},
-    {"package"},
+    {"package", "calibration", "lowering", "judge"},
     {"optimized"},
     {"committee"},
     {"api"},
@@ -45,7 +45,9 @@ PLUGGED = [
     for value in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][group].values()
 ]
 # What a pass is made from. It knows no family and no target, and draws nothing.
-FOR_PASSES = {"errors", "edges", "algebra", "ir", "rewrite", "passes", "registry", "pipeline", "capture", "verify"}
+FOR_PASSES = {
+    *("errors", "edges", "algebra", "ir", "kernels", "rewrite", "passes", "registry", "pipeline", "capture", "verify")
+}
 
 
 @dataclass(frozen=True)

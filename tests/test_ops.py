@@ -79,6 +79,15 @@ def test_tensor_product_is_e3nn_s_to_third_order(mode: str, weighted: bool, shar
         reference, found = torch.cat([p.flatten() for p in a]), torch.cat([q.flatten() for q in b])
 
 
+def test_paths_with_and_without_weights_in_one_product() -> None:
+    paths = (Path(0, 0, 0, "uvu", 0, 1.0), Path(0, 1, 1, "uvu", -1, 0.7), Path(1, 0, 1, "uvu", 2, 0.5))
+    text = str(TensorProduct("2x0e+2x1o", "1x0e+1x1o", "2x0e+2x1o", paths, 4, False))
+    shapes = (8, 4, 4)
+    inputs = tuple(torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in shapes)
+    assert torch.autograd.gradcheck(lambda *a: ops.tensor_product(*a, None, text, "out"), inputs)
+    assert torch.autograd.gradgradcheck(lambda *a: ops.tensor_product(*a, None, text, "out"), inputs)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_linear_is_e3nn_s(shared: bool) -> None:
     torch.set_default_dtype(torch.float64)

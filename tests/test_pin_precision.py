@@ -455,6 +455,17 @@ def test_results_pass_their_receipt_and_keep_their_bits_in_a_file(tmp_path: Path
     assert BF16 in half
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_result_in_several_types_says_the_type_of_the_model(dtype: torch.dtype) -> None:
+    model = small_potential(dtype)
+    given = [s for s in probe_structures(small_facts(), 4.5) if len(s) > 2][-2:]
+    low = fxpass.optimize(model, "pin-precision{compute=float16}", budget="5 meV/A", calibration=given)
+    assert low.report.receipt.passed
+    kinds = {t.dtype for t in low.interface.buffers() if t.is_floating_point()}
+    assert F16 in kinds and {t.dtype for t in low.parameters()} <= {dtype}
+    assert low.frontend.evaluate(low, given[0]).dtype == str(dtype).removeprefix("torch.")
+
+
 # --- the alloy model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.testing import FileCheck
 
 import fxpass
-from fxpass.api import _legal
+from fxpass import lowering
 from fxpass.edges import MASKED, SORTED, WITHIN
 from fxpass.errors import PassError, PipelineError
 from fxpass.frontends.bundled import BundledFrontend
@@ -370,10 +370,10 @@ class DenseTarget(EagerTarget):
 
 
 def test_a_target_that_would_make_the_list_dense_is_refused() -> None:
-    assert _legal(messages(), DenseTarget(), WITH_DENSIFY).records[0].modified
+    assert lowering.legal(messages(), DenseTarget(), WITH_DENSIFY).records[0].modified
     program = PreserveSparsity().apply(messages()).program
     with pytest.raises(PassError, match="the neighbour list does not stay sparse"):
-        _legal(program, DenseTarget(), WITH_DENSIFY)
+        lowering.legal(program, DenseTarget(), WITH_DENSIFY)
 
 
 # --- every shipped model passes

@@ -167,6 +167,13 @@ def test_each_kind_of_wrong_kernel_is_found(wrong: Callable[..., Tensor]) -> Non
     assert all(check in report.summary() for check in WRONG[wrong])
 
 
+def test_a_bug_of_the_check_is_not_the_fault_of_the_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    region = convolution(guarded())
+    monkeypatch.setitem(check_region.__globals__, "relative_error", lambda found: 0.0)
+    with pytest.raises(TypeError, match="positional"):
+        check_region(region.function, region.function, region.operands, region.results)
+
+
 def test_a_broken_symmetry_is_found_where_values_happen_to_agree() -> None:
     """With a tolerance so wide that values pass, equivariance is still held to twice the original's own error."""
     region = convolution(guarded())
@@ -211,7 +218,7 @@ def test_low_precision_is_judged_by_its_own_rounding(dtype: torch.dtype) -> None
 
 
 def test_an_empty_report_has_not_passed() -> None:
-    report = RegionReport("nothing", ())
+    report = RegionReport((), "nothing")
     assert not report.passed and report.summary() == "nothing was compared"
 
 

@@ -93,6 +93,11 @@ class TensorProduct:
         """The same map with only ``paths``; layouts and weight offsets stay."""
         return replace(self, paths=paths)
 
+    @property
+    def linear_in_weights(self) -> TensorProduct:
+        """The part that is linear in the weights: without the paths that have none."""
+        return self.keep(tuple(path for path in self.paths if path.weight >= 0))
+
     def flops(self) -> int:
         """Multiply-adds times two per row, for any slot."""
         total = 0

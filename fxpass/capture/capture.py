@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import CaptureError, Location
 from ..ir.metadata import provenance
-from ..ir.program import Program, TensorSpec
+from ..ir.program import Program, TensorSpec, ancestors
 from ..ir.tracing import OTHER_SIZES, SIZES, module_provenance, record_sources, trace_program
 from .canonical import raise_gathers_and_scatters
 from .rules import RULES, Rule, install
@@ -72,22 +72,27 @@ def capture(
     """
     constants = dict([*model.named_parameters(), *model.named_buffers()])
 
+    def traced(*values: Tensor) -> Sequence[Tensor]:
+        try:
+            return function(*values)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if _raised_by_us(error):
+                raise
+            raise _trace_failure(error) from error
+
     def run(sizes: Mapping[str, int], stacks: bool) -> tuple[Program, tuple[str, ...]]:
         with module_provenance(model):
-            try:
-                return trace_program(
-                    function,
-                    inputs,
-                    outputs,
-                    constants,
-                    stage="energy",
-                    energy=energy,
-                    sizes=sizes,
-                    mutates=True,
-                    stacks=stacks,
-                )
-            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-                raise _trace_failure(error) from error
+            return trace_program(
+                traced,
+                inputs,
+                outputs,
+                constants,
+                stage="energy",
+                energy=energy,
+                sizes=sizes,
+                mutates=True,
+                stacks=stacks,
+            )
 
     program, frozen = run(SIZES, stacks=True)
     other, _ = run(OTHER_SIZES, stacks=False)
@@ -103,6 +108,14 @@ def capture(
     _check_complete(program)
     depends_on_positions(program)
     return replace(program, outputs=_checked_outputs(program))
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether the line that raised is one of this compiler: a bug, and not what a model does to torch."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "fxpass"
 
 
 def _trace_failure(error: Exception) -> CaptureError:
@@ -163,7 +176,7 @@ def _check_complete(program: Program) -> None:
                 where=Location(node=node.name, module_path=provenance(node).module),
             )
     for name, node in program.results.items():
-        behind = _behind(node)
+        behind = ancestors([node])
         if not any(n.op == "placeholder" for n in behind):
             raise CaptureError(
                 f"the output {name} is a constant and depends on no input",
@@ -175,18 +188,6 @@ def _check_complete(program: Program) -> None:
                     f"the energy does not depend on {spec.name}: forces would be zero",
                     hint="check that forward computes the energy from the positions it is given, without detach",
                 )
-
-
-def _behind(node: object) -> set[fx.Node]:
-    """All nodes that a result is computed from, and itself."""
-    found: set[fx.Node] = set()
-    stack = [node] if isinstance(node, fx.Node) else []
-    while stack:
-        last = stack.pop()
-        if last not in found:
-            found.add(last)
-            stack.extend(last.all_input_nodes)
-    return found
 
 
 def _checked_outputs(program: Program) -> tuple[TensorSpec, ...]:
@@ -219,7 +220,7 @@ def depends_on_positions(program: Program) -> None:
     with torch.no_grad():
         runs = [program.graph_module(*_example(program, seed)) for seed in (0, 1)]
     for (name, node), before, after in zip(program.results.items(), *runs, strict=True):
-        if not vectors & _behind(node):
+        if vectors.isdisjoint(ancestors([node])):
             continue
         if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
             raise CaptureError(f"the captured {name} of three atoms is not a number", hint="check the model's weights")

@@ -11,7 +11,6 @@ from typing import IO, Any
 import torch
 from rich.table import Table
 
-from .. import api
 from ..algebra.piecewise import parse_grid
 from ..errors import UsageError
 from ..ir import ops
@@ -25,6 +24,7 @@ from ..render.terminal import receipt_table
 from ..report import PassRecord
 from . import options
 from .answer import Answer
+from .optimize import optimized
 from .options import Commands
 
 EXAMPLES = """
@@ -43,12 +43,7 @@ def add_to(commands: Commands) -> None:
         "compress",
         compress,
         "replace embedding nets and radial networks by tables",
-        options.model_argument(),
-        options.file_option("-s", "--output", help="where to write the result", required=True),
-        options.target_option(),
-        options.calibration_option(),
-        options.no_verify_option(),
-        options.verification_options("structures to verify on besides the built-in ones"),
+        *options.optimizing_options("-s", "--output"),
         more="With --budget and without -d the step is the widest that keeps forces within the budget. A step that "
         "does not divide the range is made smaller until it does.",
         examples=EXAMPLES,
@@ -69,21 +64,8 @@ def compress(arguments: argparse.Namespace) -> Answer:
         check_new(path, overwrite=arguments.overwrite)
     if "plot" in extras and extras["plot"].suffix not in (".svg", ".png"):
         raise UsageError(f"{extras['plot']} is neither .svg nor .png", hint="tables.svg")
-    structures = options.find_structures(arguments.structures)
-    text = _pipeline(arguments)
     seen = _Watcher()
-    with options.progress(stages=5, passes=text) as bar:
-        result = api.optimize(
-            options.find_model(arguments.model),
-            text,
-            example=structures,
-            calibration=options.find_structures(arguments.calibration) if arguments.calibration else None,
-            target=arguments.target,
-            budget=arguments.budget or ALLOWED,
-            verify=not arguments.no_verify,
-            observers=[bar, seen],
-            progress=bar.stage,
-        )
+    result = optimized(arguments, _pipeline(arguments), arguments.budget or ALLOWED, observers=[seen])
     rows = seen.rows(full=bool(extras))
     if not rows:
         reasons = "; ".join(f"{r.nodes[0]}: {r.reason}" for r in seen.refusals())

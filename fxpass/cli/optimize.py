@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import api
+from ..optimized import Optimized
 from ..package import check_new
 from ..render.terminal import receipt_table, report_view
+from ..runner import Observer
 from . import options
 from .answer import Answer
 from .options import Commands
@@ -29,13 +32,8 @@ def add_to(commands: Commands) -> None:
         "optimize",
         optimize,
         "compile a potential to a verified drop-in replacement",
-        options.model_argument(),
-        options.file_option("-o", "--output", help="where to write the result", required=True),
+        *options.optimizing_options("-o", "--output"),
         options.passes_option(),
-        options.target_option(),
-        options.no_verify_option(),
-        options.verification_options("structures to verify on besides the built-in ones"),
-        options.calibration_option(),
         more="The result is compared with the original in float64; one outside its tolerance is not written.",
         examples=OPTIMIZE,
     )
@@ -59,26 +57,38 @@ def optimize(arguments: argparse.Namespace) -> Answer:
     check_new(output, overwrite=arguments.overwrite)
     if arguments.dump is not None:
         check_new(Path(arguments.dump), overwrite=False)
-    structures = options.find_structures(arguments.structures)
-    with options.progress(stages=5, passes=arguments.passes) as bar:
-        result = api.optimize(
-            options.find_model(arguments.model),
-            arguments.passes,
-            example=structures,
-            calibration=options.find_structures(arguments.calibration) if arguments.calibration else None,
-            target=arguments.target,
-            budget=arguments.budget,
-            verify=not arguments.no_verify,
-            dump=arguments.dump,
-            observers=[bar],
-            progress=bar.stage,
-        )
+    result = optimized(arguments, arguments.passes, arguments.budget, dump=arguments.dump)
     result.save(output, overwrite=arguments.overwrite)
     size = output.stat().st_size
     return Answer(
         {**result.report.to_json(), "output": str(output), "bytes": size},
         (report_view(result.report), f"{output}: {size / 1e3:,.0f} kB"),
     )
+
+
+def optimized(
+    arguments: argparse.Namespace,
+    passes: str,
+    budget: str | None,
+    *,
+    observers: Sequence[Observer] = (),
+    dump: str | None = None,
+) -> Optimized:
+    """What ``passes`` make of the model of a command with ``options.optimizing_options``."""
+    structures = options.find_structures(arguments.structures)
+    with options.progress(stages=5, passes=passes) as bar:
+        return api.optimize(
+            options.find_model(arguments.model),
+            passes,
+            example=structures,
+            calibration=options.find_structures(arguments.calibration) if arguments.calibration else None,
+            target=arguments.target,
+            budget=budget,
+            verify=not arguments.no_verify,
+            dump=dump,
+            observers=[bar, *observers],
+            progress=bar.stage,
+        )
 
 
 def verify(arguments: argparse.Namespace) -> Answer:

@@ -129,6 +129,18 @@ def file_option(*names: str, help: str, required: bool = False) -> Parser:
     return parent
 
 
+def optimizing_options(*output: str) -> tuple[Parser, ...]:
+    """What every command takes that writes an optimised model; ``output`` are the names of the option for its file."""
+    return (
+        model_argument(),
+        file_option(*output, help="where to write the result", required=True),
+        target_option(),
+        calibration_option(),
+        no_verify_option(),
+        verification_options("structures to verify on besides the built-in ones"),
+    )
+
+
 def positive(text: str) -> int:
     """A positive number, for ``type=`` of an option."""
     if not (text.isdecimal() and int(text) > 0):

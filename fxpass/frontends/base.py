@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..ir.program import Program
-from ..structures import Evaluation, Structure
+from ..structures import Evaluation, Neighbours, Structure, neighbour_list
 
 #: runs a lowered program: canonical inputs by name -> outputs by name
 Runner = Callable[..., tuple[Tensor, ...]]
@@ -80,10 +81,18 @@ class Frontend(Protocol):
         """The drop-in: a module with the family's own ``forward`` over two lowered programs."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, structure: Structure) -> Evaluation:
-        """Energy (eV), forces (eV/Angstrom), stress (eV/Angstrom^3) by ``model`` or by its drop-in."""
+    def evaluate(
+        self, model: nn.Module, structure: Structure, neighbours: Neighbours = neighbour_list
+    ) -> Evaluation:
+        """Energy (eV), forces (eV/Angstrom), stress (eV/Angstrom^3) by ``model`` or by its drop-in.
+
+        Args:
+            model: the original or its drop-in.
+            structure: one that passes ``Structure.check``.
+            neighbours: what makes the neighbour list; also asked for atoms at the same place.
+        """
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Floating dtype of a model's weights."""
-    return next(t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point())
+    return next(t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())

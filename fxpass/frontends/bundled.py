@@ -14,7 +14,7 @@ from ..capture.capture import capture, prepare
 from ..errors import Location, UnsupportedModelError
 from ..ir.program import Program, TensorSpec
 from ..models import SmallPotential, collate, load
-from ..structures import Evaluation, Structure
+from ..structures import Evaluation, Neighbours, Structure, neighbour_list
 from .base import dtype_of
 from .bundled_interface import BundledInterface
 
@@ -74,9 +74,9 @@ class BundledFrontend:
     def interface(self, energy: nn.Module, forces: nn.Module, attributes: Mapping[str, Any]) -> nn.Module:
         return BundledInterface(energy, forces, attributes)
 
-    def evaluate(self, model: Any, structure: Structure) -> Evaluation:
+    def evaluate(self, model: Any, structure: Structure, neighbours: Neighbours = neighbour_list) -> Evaluation:
         dtype, periodic = dtype_of(model), all(structure.pbc)
-        data = collate([structure], model.atomic_numbers.tolist(), model.cutoff, dtype)
+        data = collate([structure], model.atomic_numbers.tolist(), model.cutoff, dtype, neighbours)
         result = model(data, compute_stress=periodic)
         return Evaluation(
             energy=float(result["energy"][0]),

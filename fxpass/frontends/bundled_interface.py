@@ -27,6 +27,8 @@ class BundledInterface(nn.Module):
         self.cutoff: float = attributes["cutoff"]
         self.edges = Edges(attributes["cutoff"], attributes.get("assumptions", ()))
         self.register_buffer("atomic_numbers", torch.tensor(attributes["numbers"]))
+        # the first number of all: hosts take its type for that of the model
+        self.register_buffer("r_max", torch.tensor(self.cutoff, dtype=getattr(torch, attributes["dtype"])))
 
     def forward(
         self,
@@ -65,8 +67,11 @@ class BundledInterface(nn.Module):
         if compute_forces:
             result["forces"] = atom_forces(gradient, index, positions)
         if compute_stress:
-            outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
-            total = torch.zeros_like(cell).index_add(0, batch.index_select(0, index[0]), outer)
+            if cell.size(0) == 1:
+                total = torch.matmul(vectors.t(), gradient).unsqueeze(0)
+            else:
+                outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
+                total = torch.zeros_like(cell).index_add(0, batch.index_select(0, index[0]), outer)
             volume = torch.linalg.det(cell).abs().view(-1, 1, 1)
             result["stress"] = 0.5 * (total + total.transpose(1, 2)) / volume
         return result

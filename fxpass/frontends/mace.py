@@ -16,7 +16,7 @@ from ..capture.capture import capture, copy_model, prepare
 from ..capture.rules import ChebyshevStandIn
 from ..errors import Location, MissingExtraError, StructureError, UnsupportedModelError
 from ..ir.program import Program, TensorSpec
-from ..structures import Evaluation, Structure, neighbour_list
+from ..structures import Evaluation, Neighbours, Structure, neighbour_list
 from .base import dtype_of
 from .mace_interface import MaceInterface
 
@@ -153,18 +153,16 @@ class MaceFrontend:
         names, _ = MODELS[attributes["kind"]]
         return MaceInterface(energy, forces, attributes, list(names))
 
-    def evaluate(self, model: Any, structure: Structure) -> Evaluation:
-        heads = _heads(model)
-        data = mace_batch(
-            [structure], [int(z) for z in model.atomic_numbers], float(model.r_max), heads, dtype_of(model)
-        )
+    def evaluate(self, model: Any, structure: Structure, neighbours: Neighbours = neighbour_list) -> Evaluation:
+        numbers, heads, dtype = model.atomic_numbers.tolist(), _heads(model), dtype_of(model)
+        data = mace_batch([structure], numbers, float(model.r_max), heads, dtype, neighbours)
         periodic = all(structure.pbc)
         result = model(data, compute_stress=periodic)
         return Evaluation(
             energy=float(result["energy"][0].detach()),
             forces=result["forces"].detach().double().numpy(),
             stress=result["stress"][0].detach().double().numpy() if periodic else None,
-            dtype=str(dtype_of(model)).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
         )
 
 
@@ -214,7 +212,12 @@ def _forward_on_vectors(model: Any) -> FunctionType:
 
 
 def mace_batch(
-    structures: Sequence[Structure], numbers: Sequence[int], cutoff: float, heads: Sequence[str], dtype: torch.dtype
+    structures: Sequence[Structure],
+    numbers: Sequence[int],
+    cutoff: float,
+    heads: Sequence[str],
+    dtype: torch.dtype,
+    neighbours: Neighbours = neighbour_list,
 ) -> dict[str, Tensor]:
     """MACE's data dict for a batch of structures.
 
@@ -230,12 +233,12 @@ def mace_batch(
     ptr = [0]
     chosen = []
     for structure in structures:
-        structure.check(numbers)
+        structure.check(numbers, neighbours)
         if structure.head is not None and structure.head not in heads:
             raise StructureError(
                 f"{structure.name} asks for the head {structure.head!r}", hint=f"one of {', '.join(heads)}"
             )
-        edges, units = neighbour_list(structure, cutoff)
+        edges, units = neighbours(structure, cutoff)
         parts["positions"].append(structure.positions)
         parts["cell"].append(structure.cell)
         parts["edges"].append(edges + ptr[-1])

@@ -18,8 +18,7 @@ class AtomicEnergies(nn.Module):
 
     def __init__(self, energies: Tensor) -> None:
         super().__init__()
-        self.atomic_energies: Tensor
-        self.register_buffer("atomic_energies", energies)
+        self.atomic_energies = nn.Parameter(energies, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.matmul(x, self.atomic_energies.t().to(x.dtype))
@@ -38,6 +37,8 @@ class MaceInterface(nn.Module):
     def __init__(self, energy: nn.Module, forces: nn.Module, attributes: Any, names: List[str]) -> None:
         super().__init__()
         dtype = getattr(torch, attributes["dtype"])
+        # first of all parameters: hosts take the type of the first for that of the model
+        self.atomic_energies_fn = AtomicEnergies(torch.tensor(attributes["atomic_energies"], dtype=dtype))
         self.energy_program = energy
         self.forces_program = forces
         self.edges = Edges(attributes["cutoff"], attributes.get("assumptions", ()))
@@ -48,7 +49,6 @@ class MaceInterface(nn.Module):
         self.register_buffer("r_max", torch.tensor(attributes["cutoff"], dtype=dtype))
         self.register_buffer("atomic_numbers", torch.tensor(attributes["numbers"], dtype=torch.int64))
         self.register_buffer("num_interactions", torch.tensor(attributes["num_interactions"]))
-        self.atomic_energies_fn = AtomicEnergies(torch.tensor(attributes["atomic_energies"], dtype=dtype))
 
     def forward(
         self,
@@ -76,7 +76,7 @@ class MaceInterface(nn.Module):
             raise RuntimeError("fxpass: lammps_mliap=True is not covered; use the original model there")
         positions = data["positions"]
         attrs = data["node_attrs"]
-        if attrs.size(1) != self.species or bool((attrs.max(dim=1)[0] != attrs.sum(dim=1)).any()):
+        if attrs.size(1) != self.species or not torch.equal(attrs.amax(dim=1), attrs.sum(dim=1)):
             raise RuntimeError("fxpass: node_attrs must be one-hot over the model's species")
         batch, given = data["batch"], self.edges.readable(data["edge_index"])
         graphs = data["ptr"].numel() - 1
@@ -94,11 +94,10 @@ class MaceInterface(nn.Module):
             cell = data["cell"].view(-1, 3, 3)
             if "displacement" in data:
                 displacement = data["displacement"]
-            strain = 0.5 * (displacement + displacement.transpose(-1, -2))
-            strained = positions + torch.bmm(positions.unsqueeze(1), strain[batch]).squeeze(1)
-            cell = cell + torch.matmul(cell, strain)
-            edge_cell = cell.index_select(0, batch.index_select(0, given[0]))
-            shifts = torch.bmm(data["unit_shifts"].unsqueeze(1), edge_cell).squeeze(1)
+                strain = 0.5 * (displacement + displacement.transpose(-1, -2))
+                strained = positions + torch.bmm(positions.unsqueeze(1), strain[batch]).squeeze(1)
+                cell = cell + torch.matmul(cell, strain)
+            shifts = self._shifts(data["unit_shifts"], cell, batch, given)
         vectors = strained.index_select(0, given[1]) - strained.index_select(0, given[0]) + shifts
         vectors, index, order = self.edges(vectors, data["edge_index"], positions.size(0))
 
@@ -126,10 +125,9 @@ class MaceInterface(nn.Module):
             if tensors:
                 unstrained = vectors
                 if "displacement" in data:
-                    cell = data["cell"].view(-1, 3, 3)
-                    edge_cell = cell.index_select(0, batch.index_select(0, given[0]))
                     unstrained = positions.index_select(0, given[1]) - positions.index_select(0, given[0])
-                    unstrained = unstrained + torch.bmm(data["unit_shifts"].unsqueeze(1), edge_cell).squeeze(1)
+                    cell = data["cell"].view(-1, 3, 3)
+                    unstrained = unstrained + self._shifts(data["unit_shifts"], cell, batch, given)
                     if order is not None:
                         unstrained = unstrained.index_select(0, order)
                 cell = data["cell"]
@@ -156,6 +154,13 @@ class MaceInterface(nn.Module):
         values: List[Tensor] = self.forces_program(vectors, index, attrs, batch, head)
         return self.edges.without_dummy(values[:-1]), values[-1]
 
+    def _shifts(self, unit_shifts: Tensor, cell: Tensor, batch: Tensor, index: Tensor) -> Tensor:
+        """Shifts [edges, 3] in Angstrom of shifts in units of the cell vectors [graphs, 3, 3]."""
+        if cell.size(0) == 1:
+            return torch.matmul(unit_shifts, cell[0])
+        edge_cell = cell.index_select(0, batch.index_select(0, index[0]))
+        return torch.bmm(unit_shifts.unsqueeze(1), edge_cell).squeeze(1)
+
     def _virials(
         self,
         vectors: Tensor,
@@ -167,9 +172,12 @@ class MaceInterface(nn.Module):
         compute_stress: bool,
     ) -> Tuple[Tensor, Tensor]:
         """Virials (eV) and stress (eV/Angstrom^3), [graphs, 3, 3]; stress is zero where not asked for."""
-        outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
-        edge_batch = batch.index_select(0, index[0])
-        total = torch.zeros((graphs, 3, 3), dtype=vectors.dtype, device=vectors.device).index_add(0, edge_batch, outer)
+        if graphs == 1:
+            total = torch.matmul(vectors.t(), gradient).unsqueeze(0)
+        else:
+            outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
+            empty = torch.zeros((graphs, 3, 3), dtype=vectors.dtype, device=vectors.device)
+            total = empty.index_add(0, batch.index_select(0, index[0]), outer)
         total = 0.5 * (total + total.transpose(1, 2))
         stress = torch.zeros_like(total)
         if compute_stress:

@@ -6,7 +6,6 @@ other layers, and the energy program needs the same ones as the force program.  
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import sympy
@@ -17,7 +16,7 @@ from .cost import SizeNames
 from .guards import region_of
 from .merge import first_outputs
 from .ops import fusion_guard
-from .program import Dim, Program, TensorSpec
+from .program import Dim, Program, TensorSpec, ancestors
 
 #: the assumption under which a lowering may keep geometry from call to call
 KEPT = "geometry kept between calls"
@@ -86,7 +85,7 @@ def split_geometry(program: Program, gradients: int = 1) -> Split | None:
 def _boundary(program: Program, outputs: int) -> list[fx.Node]:
     """The last nodes on every way from the edge vectors that depend on them alone, and can be handed on."""
     returned = list(program.results.values())
-    forward = _ancestors(returned[:outputs])
+    forward = ancestors(returned[:outputs])
     (vectors,) = (program.placeholders[spec.name] for spec in program.with_property("edge_vector"))
     fixed: set[fx.Node] = set()
     known = {vectors}
@@ -109,17 +108,6 @@ def _boundary(program: Program, outputs: int) -> list[fx.Node]:
             return boundary
         for node in unfit:
             del geometry[node]
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _can_be_kept(node: fx.Node, sizes: SizeNames) -> bool:

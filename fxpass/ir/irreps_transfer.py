@@ -7,6 +7,7 @@ vectors) is an error.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -58,8 +59,11 @@ def transfer(node: fx.Node) -> Result:
         return None, None
     target: Any = node.target
     value = node.meta.get("val")
+    if target is operator.getitem:
+        source: Any = node.args[0]
+        return (SEMANTIC[source.target].irreps(node) if source.target in SEMANTIC else None), None
     if not isinstance(value, torch.Tensor):
-        return None, None
+        return None, (_mismatch(node) if target in SEMANTIC else None)
     if target in SEMANTIC:
         return _semantic(node), _mismatch(node)
     args = [a for a in node.args if isinstance(a, fx.Node)]

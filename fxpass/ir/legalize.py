@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,29 @@ EXPAND: Mapping[OpOverload, Callable[..., Any]] = {
 }
 
 
-def semantic_nodes(program: Program) -> list[torch.fx.Node]:
+#: (op, arguments of a call) -> whether that call stays
+Keeps = Callable[[Any, Sequence[Any]], bool]
+
+
+def semantic_nodes(program: Program, keeps: Keeps | None = None) -> list[torch.fx.Node]:
     """The nodes that legalisation replaces."""
-    return [n for n in program.graph.nodes if n.op == "call_function" and n.target in EXPAND]
+    found = [n for n in program.graph.nodes if n.op == "call_function" and n.target in EXPAND]
+    if keeps is None:
+        return found
+    return [n for n in found if not keeps(n.target, torch.fx.map_arg(n.args, lambda a: a.meta["val"]))]
 
 
-def legalize(program: Program, made_by: str = "legalize") -> Program:
-    """The same program in ATen and fusion guards alone; provenance is kept, new nodes say ``made_by``.
+def legalize(program: Program, made_by: str = "legalize", keeps: Keeps | None = None) -> Program:
+    """The same program in ATen, fusion guards and the calls that are kept; new nodes say ``made_by``.
 
     Raises:
         LoweringError: a reference implementation tied a size to a value.
     """
-    return expand_ops(program, EXPAND, made_by)
+
+    def expanding(op: Any) -> Callable[..., Any]:
+        return lambda *args: (op if keeps is not None and keeps(op, args) else EXPAND[op])(*args)
+
+    return expand_ops(program, {op: expanding(op) for op in EXPAND}, made_by)
 
 
 def expand_ops(

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import PassError
 from .metadata import provenance, set_provenance
-from .program import Program
+from .program import Program, register
 
 
 def first_outputs(program: Program, count: int) -> Program:
@@ -88,14 +88,5 @@ def _place(root: nn.Module, tensor: Tensor, node: fx.Node, placed: dict[tuple[An
     digest = hashlib.sha256(raw.numpy().tobytes()).digest()
     key = (tensor.dtype, tuple(tensor.shape), str(tensor.device), digest, *learned)
     if key not in placed:
-        base = str(node.target)
-        name, n = base, 0
-        while hasattr(root, name):
-            n += 1
-            name = f"{base}_{n}"
-        if isinstance(tensor, nn.Parameter):
-            root.register_parameter(name, tensor)
-        else:
-            root.register_buffer(name, tensor)
-        placed[key] = name
+        placed[key] = register(root, str(node.target), tensor)
     return placed[key]

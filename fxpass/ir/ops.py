@@ -21,6 +21,8 @@ from ..algebra.multilinear import parse_linear, parse_tensor_product
 from ..algebra.piecewise import parse_grid
 from ..algebra.polynomial import parse_polynomial
 from . import reference
+from .contraction import CONTRACTION, CONTRACTION_GRADIENT, contraction, contraction_gradient
+from .convolution import CONVOLUTION, CONVOLUTION_GRADIENT, ROWS_BY, convolution, convolution_gradient, rows_by
 from .semantic import (
     SemanticOp,
     define,
@@ -132,13 +134,16 @@ def _multilinear_autograd(op: Callable[..., Tensor], slots: tuple[str, ...]) -> 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         operands = list(ctx.saved_tensors)
         operands[slots.index(ctx.wrt)] = grad
+        spec = ctx.spec
+        if op is tensor_product and ctx.wrt == "weight":  # paths without weights had no part in it
+            spec = str(parse_tensor_product(spec).linear_in_weights)
         grads: list[Tensor | None] = []
         for n, slot in enumerate(slots):
             if slot == ctx.wrt or not ctx.needs_input_grad[n]:
                 grads.append(None)
                 continue
             given = [None if m == n else t for m, t in enumerate(operands)]
-            grads.append(op(*given, ctx.spec, slot))
+            grads.append(op(*given, spec, slot))
         return (*grads, None, None)
 
     torch.library.register_autograd(str(op.name()), backward, setup_context=setup)  # type: ignore[attr-defined]
@@ -389,4 +394,6 @@ SEMANTIC: dict[OpOverload, SemanticOp] = {
     dequantize: SemanticOp(
         "dequantize", reference.dequantize, _dequantize_summary, _dequantize_cost, no_irreps, no_operands
     ),
+    **{contraction: CONTRACTION, contraction_gradient: CONTRACTION_GRADIENT},
+    **{rows_by: ROWS_BY, convolution: CONVOLUTION, convolution_gradient: CONVOLUTION_GRADIENT},
 }

@@ -9,8 +9,9 @@ output node that returns a tuple in the order of ``outputs``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from typing import Any, Literal
 
 import torch
@@ -169,10 +170,31 @@ def attribute(program: Program, node: fx.Node) -> torch.Tensor:
 
 def add_constant(program: Program, name: str, value: torch.Tensor) -> str:
     """Store ``value`` as a buffer under a fresh flat name derived from ``name``; return that name."""
-    base = name.replace(".", "_")
-    fresh, n = base, 0
-    while hasattr(program.graph_module, fresh):
-        n += 1
-        fresh = f"{base}_{n}"
-    program.graph_module.register_buffer(fresh, value.detach())
-    return fresh
+    return register(program.graph_module, name.replace(".", "_"), value.detach())
+
+
+def register(root: torch.nn.Module, name: str, tensor: torch.Tensor) -> str:
+    """Store ``tensor`` on ``root``, as the parameter or buffer that it is, under a fresh name; return that name."""
+    name = fresh(name, lambda taken: hasattr(root, taken))
+    if isinstance(tensor, torch.nn.Parameter):
+        root.register_parameter(name, tensor)
+    else:
+        root.register_buffer(name, tensor)
+    return name
+
+
+def fresh(name: str, taken: Callable[[str], bool], *, mark: str = "_", first: int = 1) -> str:
+    """``name``, or the first of NAME_1, NAME_2, ... that is not taken."""
+    return next(n for n in chain([name], (f"{name}{mark}{k}" for k in count(first))) if not taken(n))
+
+
+def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """All nodes that ``nodes`` are computed from, themselves too; not what is behind ``stop``."""
+    halt, found, stack = set(stop), set[fx.Node](), list(nodes)
+    while stack:
+        last = stack.pop()
+        if last not in found:
+            found.add(last)
+            if last not in halt:
+                stack.extend(last.all_input_nodes)
+    return found

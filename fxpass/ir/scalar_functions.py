@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from .._torch_compat import OpOverload, size_expr
+from ..errors import PassError
 from .cost import costs
 from .metadata import provenance
 from .ops import SEMANTIC, gather
-from .program import Program, attribute
+from .program import Program, ancestors, attribute
 
 aten = torch.ops.aten
 
@@ -163,7 +164,11 @@ class ScalarFunction:
         return value.flatten(1) if value.dim() > 1 else value.unsqueeze(1)
 
     def jet(self, x: Tensor, table: Tensor, order: int) -> list[Tensor]:
-        """Value and derivatives by x up to ``order``, each [n, channels], by automatic differentiation in float64."""
+        """Value and derivatives by x up to ``order``, each [n, channels], by automatic differentiation in float64.
+
+        Raises:
+            NotDifferentiable: an op has no derivative.
+        """
         parts = [self._jet(a, b, order) for a, b in zip(x.split(1024), table.split(1024), strict=True)]
         return [torch.cat(rows) for rows in zip(*parts, strict=True)]
 
@@ -181,7 +186,7 @@ class ScalarFunction:
     def remaining(self, done: Iterable[ScalarFunction]) -> float:
         """What one edge costs where other functions are known."""
         known = [function.node for function in done]
-        behind = ancestors(self.node, [self.variable, *known])
+        behind = ancestors([self.node], [self.variable, *known])
         return sum(self.costs[n] for n in between(self.node, self.variable) if n in behind and n not in known)
 
     def of_length(self, lengths: Tensor) -> Tensor:
@@ -209,10 +214,17 @@ class ScalarFunction:
         return first, last
 
 
+class NotDifferentiable(PassError):
+    """A derivative that torch refuses."""
+
+
 def _gradient(value: Tensor, by: Tensor, weights: Tensor) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(by)
-    (found,) = torch.autograd.grad(value, by, weights, create_graph=True, allow_unused=True)
+    try:
+        (found,) = torch.autograd.grad(value, by, weights, create_graph=True, allow_unused=True)
+    except RuntimeError as error:  # an op without a derivative
+        raise NotDifferentiable(f"it cannot be differentiated: {str(error).splitlines()[0]}") from error
     return torch.zeros_like(by) if found is None else found
 
 
@@ -248,7 +260,7 @@ def execute(
     """
     known: dict[fx.Node, Any] = dict(given or {})
     targets, cut = list(wanted), set(leaves)
-    needed = {node for goal in [*targets, *cut] for node in ancestors(goal, known)}
+    needed = ancestors([*targets, *cut], known)
     placeholders = dict(zip(program.placeholders.values(), inputs, strict=True))
     for node in program.graph.nodes:
         if node not in needed or node in known:
@@ -265,21 +277,9 @@ def execute(
     return {node: known[node] for node in [*targets, *cut]}
 
 
-def ancestors(node: fx.Node, stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """All nodes that ``node`` is computed from, itself too; not what is behind ``stop``."""
-    halt, found, stack = set(stop), set(), [node]
-    while stack:
-        last = stack.pop()
-        if last not in found:
-            found.add(last)
-            if last not in halt:
-                stack.extend(last.all_input_nodes)
-    return found
-
-
 def between(node: fx.Node, variable: fx.Node) -> list[fx.Node]:
     """The nodes that lead from ``variable`` to ``node``, itself too, in the order of the graph."""
-    behind = ancestors(node, [variable])
+    behind = ancestors([node], [variable])
     reached: set[fx.Node] = {variable}
     ordered = [n for n in node.graph.nodes if n in behind and n is not variable]
     for n in ordered:
@@ -389,7 +389,7 @@ class _Finder:
             return None
         (root,) = self.rows[node].roots  # type: ignore[union-attr]
         variable = self.variable(root)
-        if variable is None or variable not in ancestors(node) or node is variable:
+        if variable is None or variable not in ancestors([node]) or node is variable:
             return None
         gates = self.gates(node, variable)
         nearer = self.made(node, gates[-1]) if gates else None
@@ -456,7 +456,7 @@ class _Finder:
     def gates(self, node: fx.Node, variable: fx.Node) -> list[fx.Node]:
         """Numbers after ``variable``, first to last, through which everything goes on its way to most of the work."""
         path = between(node, variable)
-        numbers = [n for n in path if n is not node and self.is_number(n) and variable not in ancestors(node, [n])]
+        numbers = [n for n in path if n is not node and self.is_number(n) and variable not in ancestors([node], [n])]
         return [n for n in numbers if self.work(between(node, n)) >= 0.5 * self.work(path)]
 
 

@@ -22,13 +22,20 @@ def define(schema: str, *tags: torch.Tag) -> None:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
 
 
-def owned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A reference may return a view of its input (an identity slice); an op's result never aliases one."""
+def owned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference may return a view of its input (an identity slice); an op's results never alias one."""
 
-    def run(*args: Any) -> Tensor:
-        return function(*args).clone(memory_format=torch.contiguous_format)
+    def run(*args: Any) -> Any:
+        value = function(*args)
+        own = tuple(t.clone(memory_format=torch.contiguous_format) for t in tensors(value))
+        return own if isinstance(value, tuple) else own[0]
 
     return run
+
+
+def tensors(value: object) -> tuple[Tensor, ...]:
+    """The tensors of a result, which may be one tensor or a tuple of them."""
+    return tuple(v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, Tensor))
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,13 @@ class SemanticOp:
         reference: plain PyTorch implementation with the op's arguments.
         summary: node -> short description for people, in place of the full spec.
         cost: node -> (FLOPs, bytes moved) as sympy expressions in the shape symbols of ``meta["val"]``.
-        irreps: node -> irreps of the result's last dimension (None where the result carries weights).
+        irreps: node -> irreps of the result's last dimension (None where the result carries weights); where the op
+            has several results, it is asked about each node that takes one of them by ``operator.getitem``.
         operands: node -> slot name -> (operand node, irreps that the spec demands of it).
     """
 
     name: str
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
     summary: Callable[[fx.Node], str]
     cost: Callable[[fx.Node], tuple[sympy.Expr, sympy.Expr]]
     irreps: Callable[[fx.Node], str | None]
@@ -64,9 +72,9 @@ def numel(value: Tensor) -> sympy.Expr:
 
 
 def moved(node: fx.Node) -> sympy.Expr:
-    """Bytes of all tensor operands and of the result: what a perfect kernel moves at least."""
-    values = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    return sum((numel(v) * v.element_size() for v in (*values, node.meta["val"])), sympy.Integer(0))
+    """Bytes of all tensor operands and of the results: what a perfect kernel moves at least."""
+    values = [v for n in (*node.all_input_nodes, node) for v in tensors(n.meta.get("val"))]
+    return sum((numel(v) * v.element_size() for v in values), sympy.Integer(0))
 
 
 def rows_of(node: fx.Node, *, skip: Sequence[int] = ()) -> sympy.Expr:

@@ -32,7 +32,7 @@ _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "as_strided", 
 #: ops in which edges go in and atoms come out, as sums, or as places where an atom's edges begin
 _WRITES = {
     *("scatter_sum", "index_add", "scatter_add", "scatter_reduce", "index_put", "_unsafe_index_put", "index_reduce"),
-    *("index_copy", "scatter", "bincount"),
+    *("index_copy", "scatter", "bincount", "convolution", "convolution_gradient"),
 }
 _COUNTS = {"segment_reduce", "searchsorted"}
 _READS = {"gather", "index", "_unsafe_index", "index_select", "take", "take_along_dim", "embedding"}
@@ -114,7 +114,8 @@ class _Proof:
             raise self.broken(node, what, _SUM)
         empty = name.startswith("new_") or name.endswith("_like")  # only the shape of what goes in is read
         over_atoms = any(ATOMS in dim.free_symbols for dim in after) and not self.over_edges(node)
-        if over_atoms and not empty and name not in _WRITES | _COUNTS:
+        maker = _name(node.all_input_nodes[0]) if name == "getitem" else name  # of several results
+        if over_atoms and not empty and maker not in _WRITES | _COUNTS:
             raise self.broken(node, f"{node.target} makes rows for atoms of rows for edges", _SUM)
 
     def written_by(self, node: fx.Node) -> list[fx.Node]:

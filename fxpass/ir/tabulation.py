@@ -18,7 +18,7 @@ from ..algebra.piecewise import (
 )
 from ..errors import Location, UsageError
 from .reference import table
-from .scalar_functions import ScalarFunction
+from .scalar_functions import NotDifferentiable, ScalarFunction
 
 SAFETY = 1.5  # between what is sampled at 4 points a cell and what is promised everywhere
 ROUNDINGS = 32  # that a value is off by, at most; a slope by as many divided by the step
@@ -223,8 +223,8 @@ def _jet(function: ScalarFunction, x: Floats, number: int) -> list[Floats]:
     points = torch.from_numpy(np.ascontiguousarray(x))
     try:
         found = function.jet(points, torch.full((len(points),), number, dtype=torch.int64), 2)
-    except (RuntimeError, NotImplementedError) as error:  # an op without a derivative
-        raise _refused(function, f"it cannot be differentiated: {str(error).splitlines()[0]}") from error
+    except NotDifferentiable as error:
+        raise _refused(function, error.what) from error
     for name, values in zip(("value", "first derivative", "second derivative"), found, strict=True):
         if not bool(values.isfinite().all()):
             at = float(points[~values.isfinite().all(1)].max())

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from .._torch_compat import fake_inputs, frozen_sizes, trace
 from ..errors import CaptureError, Location, PassError
 from .metadata import Provenance, provenance
-from .program import Program, Stage, TensorSpec
+from .program import Program, Stage, TensorSpec, register
+from .semantic import tensors
 
 #: prime hints that collide with no model dimension
 SIZES = {"atoms": 1009, "edges": 4177, "graphs": 211}
@@ -92,16 +93,7 @@ def _adopt(traced: fx.GraphModule, names: Mapping[int, str]) -> fx.GraphModule:
         value = getattr(traced, str(node.target))
         key = _identity(value, names)
         if key not in placed:
-            base = names.get(id(value), "constant")
-            name, n = base, 0
-            while hasattr(root, name):
-                n += 1
-                name = f"{base}_{n}"
-            if isinstance(value, nn.Parameter):
-                root.register_parameter(name, value)
-            else:
-                root.register_buffer(name, value)
-            placed[key] = name
+            placed[key] = register(root, names.get(id(value), "constant"), value)
         node.target = placed[key]
         node.meta["val"] = value
     module = fx.GraphModule(root, traced.graph, class_name="Program")
@@ -195,8 +187,9 @@ class Replay(fx.Interpreter):
                 where=Location(node=n.name, module_path=origin.module or None, source=origin.source or None),
                 hint="register one with torch.library.register_autograd, or a module rule that avoids the op",
             )
-        if isinstance(result, Tensor) and result.grad_fn is not None:
-            self._tag(result.grad_fn, replace(origin, backward=True, made_by=self.made_by))
+        for value in tensors(result):
+            if value.grad_fn is not None:
+                self._tag(value.grad_fn, replace(origin, backward=True, made_by=self.made_by))
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,10 +235,10 @@ def _lost_derivative(node: fx.Node, result: Any, env: Mapping[fx.Node, Any]) -> 
     """Whether a floating result hangs on a differentiated operand that autograd does not see."""
     if node.op != "call_function" or node.target in _CONSTANT:
         return False
-    if not isinstance(result, Tensor) or not result.is_floating_point() or result.requires_grad:
+    floats = [x for x in tensors(result) if x.is_floating_point()]
+    if not floats or any(x.requires_grad for x in floats):
         return False
-    operands = (env[n] for n in node.all_input_nodes)
-    return any(isinstance(x, Tensor) and x.requires_grad for x in operands)
+    return any(x.requires_grad for n in node.all_input_nodes for x in tensors(env[n]))
 
 
 class _Scope:

@@ -122,10 +122,9 @@ class _Derive(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         try:
             result = super().run_node(n)
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            text = str(error).strip().splitlines()
-            raise PassError(
-                f"{n.format_node()} does not fit: {text[0] if text else type(error).__name__}", where=_place(n)
-            ) from error
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what ops raise at wrong operands
+            text = (str(error).strip().splitlines() or [""])[0]
+            what = f"{n.format_node()} does not fit: {type(error).__name__}: {text}"
+            raise PassError(what, where=_place(n)) from error
         n.meta["val"] = result
         return result

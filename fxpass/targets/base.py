@@ -43,7 +43,8 @@ LEGAL = "legalize,fold-constants,common-subexpressions,dead-code"
 def executable(program: Program, *, guarded: bool = False) -> fx.GraphModule:
     """A copy of the program's graph module that returns a list, the common result type of all targets.
 
-    Its floating weights are parameters, folded ones too: a drop-in has ``parameters()`` as its original has.
+    Its weights of the program's own floating type are parameters, folded ones too: a drop-in has ``parameters()`` as
+    its original has, and whoever asks one of them for the type of the model gets that, whatever else is in there.
     Fusion guards are gone, as running node by node fuses nothing; ``guarded`` keeps them for a compiler to see.
     """
     module = program.copy().graph_module
@@ -55,8 +56,9 @@ def executable(program: Program, *, guarded: bool = False) -> fx.GraphModule:
     for node in module.graph.nodes:
         node.meta = {}
     module.recompile()
+    own = next((spec.dtype for spec in program.inputs if spec.dtype.is_floating_point), None)
     for name, buffer in list(module.named_buffers()):
-        if buffer.is_floating_point():
+        if buffer.dtype == own:
             delattr(module, name)
             module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
     return module

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.jit.frontend import FrontendError
 
 from .._torch_compat import OpOverload
 from ..errors import LoweringError
@@ -101,7 +102,7 @@ def script(module: nn.Module) -> torch.jit.ScriptModule:
         warnings.simplefilter("ignore")
         try:
             return torch.jit.script(module)
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, FrontendError) as error:  # what its compiler and its parser raise
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise LoweringError(f"TorchScript refuses the graph: {' '.join(lines[:2])}") from error
 

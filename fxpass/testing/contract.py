@@ -26,12 +26,10 @@ from ..ir.verifier import verify
 from ..passes import Exactness, Outcome, Pass
 from ..pipeline import format_pass, parse
 from ..registry import PASSES, Registry, pass_problem
+from ..verify.tolerances import ROUNDING
 
 SECTIONS = ("Before / After:", "Holds when:", "Keeps:")
 SIZES = ({"atoms": 7, "edges": 19, "graphs": 2}, {"atoms": 1, "edges": 0, "graphs": 1})
-
-# Largest error of a reassociating pass, relative to the largest element of the output.
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 @dataclass(frozen=True)

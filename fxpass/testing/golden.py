@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from ..errors import Location, PassError, UsageError
-from ..ir.program import Program, attribute
+from ..ir.program import Program, attribute, fresh
 from ..rewrite.pattern import target_name
 
 LONGEST_STRING = 40
@@ -38,7 +38,8 @@ def graph_text(program: Program) -> str:
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        labels[node] = _fresh(f"%{_stem(node)}", taken)
+        labels[node] = fresh(f"%{_stem(node)}", taken.__contains__)
+        taken.add(labels[node])
         if node.op == "get_attr":
             tensor = attribute(program, node)
             text = f"weight {_type(tensor.dtype, tuple(tensor.shape))}"
@@ -69,15 +70,6 @@ def assert_golden(program: Program, path: Path | str, update: bool = False) -> N
     if text != expected:
         diff = difflib.unified_diff(expected.splitlines(), text.splitlines(), str(path), "this program", lineterm="")
         raise PassError("the graph differs from its golden file:\n" + "\n".join(diff), where=Location(source=str(path)))
-
-
-def _fresh(stem: str, taken: set[str]) -> str:
-    name, n = stem, 0
-    while name in taken:
-        n += 1
-        name = f"{stem}_{n}"
-    taken.add(name)
-    return name
 
 
 def _stem(node: fx.Node) -> str:

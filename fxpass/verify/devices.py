@@ -20,7 +20,8 @@ from .._torch_compat import OpOverload, fallback_kernel
 from ..ir.decompositions import Reference, References, custom_nodes, reference_of
 from ..ir.program import Program
 from .receipt import Row
-from .regions import ROUNDING, relative_error
+from .regions import relative_error
+from .tolerances import ROUNDING
 
 #: a program is a long chain of sums: this many times the rounding of one of them
 CHAIN = 100.0

@@ -59,20 +59,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """All that was checked about one result.
-
-    Attributes:
-        rows: the checks, failed ones included.
-        dtype: element type of the result.
-        exactness: the class under which it was judged.
-        budget: eV/Angstrom that approximate passes had, or ``None``.
-    """
+class Checks:
+    """Rows that pass or fail together; failed ones included."""
 
     rows: tuple[Row, ...]
-    dtype: str
-    exactness: Exactness
-    budget: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -82,6 +72,22 @@ class Receipt:
     @property
     def failures(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if not row.passed)
+
+
+@dataclass(frozen=True)
+class Receipt(Checks):
+    """All that was checked about one result.
+
+    Attributes:
+        rows: the checks, failed ones included.
+        dtype: element type of the result.
+        exactness: the class under which it was judged.
+        budget: eV/Angstrom that approximate passes had, or ``None``.
+    """
+
+    dtype: str
+    exactness: Exactness
+    budget: float | None = None
 
     def summary(self) -> str:
         """One line: the worst failures, or the row that came nearest to its limit."""

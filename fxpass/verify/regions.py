@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from .._torch_compat import o3
-from ..errors import FxpassError, Location, PassError
+from ..errors import CaptureError, Location, PassError, VerificationError
 from ..ir.cost import SizeNames
 from ..ir.irreps_transfer import KEEP
 from ..ir.metadata import irreps, provenance, set_provenance
@@ -34,18 +35,27 @@ from ..ir.tracing import constants_of, trace_program
 from ..ir.verifier import verify
 from ..passes import Application, Refusal
 from .physics import random_rotation
-from .receipt import Row
+from .receipt import Checks, Row
+from .tolerances import OWN_ERROR_FACTOR, ROUNDING
 
 SIZES: tuple[Mapping[str, int], ...] = (
     {"atoms": 7, "edges": 23, "graphs": 2},
     {"atoms": 1, "edges": 0, "graphs": 1},
     {"atoms": 12, "edges": 60, "graphs": 3},
 )
-#: relative to the largest element: what sums in another order may differ by
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-OWN_ERROR_FACTOR = 2.0
-#: what torch, a tracer or a foreign kernel raises; anything else is a bug of ours and passes
-_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, ArithmeticError, FxpassError)
+
+class _Fault(VerificationError):
+    """What is wrong with a candidate: what it raised, or returned, itself.  Anything else that is raised is a bug."""
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """While open, what torch or a foreign kernel raises is the fault of who is called."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise _Fault(f"{type(error).__name__}: {lines[0]}") from error
 
 aten = torch.ops.aten
 
@@ -77,20 +87,10 @@ class Region:
 
 
 @dataclass(frozen=True)
-class RegionReport:
+class RegionReport(Checks):
     """What was compared: one row for each check at each set of sizes, errors relative to the largest element."""
 
     name: str
-    rows: tuple[Row, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Every row passed, and there is one at least."""
-        return bool(self.rows) and all(row.passed for row in self.rows)
-
-    @property
-    def failures(self) -> tuple[Row, ...]:
-        return tuple(row for row in self.rows if not row.passed)
 
     def summary(self) -> str:
         """One line: each kind of check that failed, by its worst row; or the row that came nearest to its limit."""
@@ -202,7 +202,7 @@ def check_region(
         place = f"{name} at {', '.join(f'{n} {size}' for size, n in at.items() if _named(operands, size))}"
         compared = _Comparison(original, candidate, tuple(operands), tuple(results), weights or {}, place, tolerance)
         rows += compared.rows(at, fixed, gradients, seed + number)
-    return RegionReport(name, tuple(rows))
+    return RegionReport(tuple(rows), name)
 
 
 def substitute(
@@ -251,8 +251,8 @@ def substitute(
         return refused(report.summary())
     try:
         made = _traced(program, region, candidate)
-    except _ERRORS as error:
-        return refused(f"it cannot be traced: {str(error).strip().splitlines()[0]}")
+    except (_Fault, CaptureError, PassError) as error:
+        return refused(f"it cannot be traced: {error.what.splitlines()[0]}")
     added = _splice(program, region, made, made_by)
     verify(program)
     return Substitution(
@@ -419,9 +419,9 @@ class _Comparison:
         for kind, move in _symmetries(sizes, fixed, seed):
             moved = [move(x, spec) for x, spec in zip(values, self.operands, strict=True)]
             there = _call(self.original, moved)
-            own = self.broken(self.original, values, moved, move)
+            own = self.broken(self.original, values, moved, move, expected)
             allowed = [max(limit, OWN_ERROR_FACTOR * error) for limit, error in zip(limits, own, strict=True)]
-            yield self.row(kind, partial(self.broken, self.candidate, values, moved, move), allowed)
+            yield self.row(kind, partial(self.broken, self.candidate, values, moved, move, expected), allowed)
             yield self.row(f"{kind}, values", partial(self.apart, moved, there), limits)
 
     def apart(self, values: Sequence[Any], expected: Sequence[Tensor]) -> list[float]:
@@ -437,37 +437,44 @@ class _Comparison:
         leaves = [v.detach().clone().requires_grad_() if f else v for v, f in zip(values, free, strict=True)]
         by = [leaf for leaf, f in zip(leaves, free, strict=True) if f]
         with torch.enable_grad():
-            found = function(*leaves)
+            with _faults():
+                found = function(*leaves)
             results = [y for y in (found if isinstance(found, (tuple, list)) else [found]) if _is_floating(y)]
             seeds = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in results]
             if by and not any(y.requires_grad for y in results):
-                raise RuntimeError("it has no derivative: autograd takes its result for a constant")
+                raise _Fault("it has no derivative: autograd takes its result for a constant")
             kept = [(y, g) for y, g in zip(results, seeds, strict=True) if y.requires_grad]
-            grads = torch.autograd.grad([y for y, _ in kept], by, [g for _, g in kept], allow_unused=True) if by else ()
+            ys, gs = [y for y, _ in kept], [g for _, g in kept]
+            with _faults():
+                grads = torch.autograd.grad(ys, by, gs, allow_unused=True) if by else ()
         return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(by, grads, strict=True)]
 
     def broken(
-        self, function: Callable[..., Any], values: Sequence[Any], moved: Sequence[Any], move: Move
+        self,
+        function: Callable[..., Any],
+        values: Sequence[Any],
+        moved: Sequence[Any],
+        move: Move,
+        expected: Sequence[Tensor],
     ) -> list[float]:
-        """How far a function is from commuting with a transformation."""
-        here = [move(y, spec) for y, spec in zip(_call(function, values), self.results, strict=True)]
+        """How far a function is from commuting with a transformation; its results are such as those ``expected``."""
+        found = _alike(_call(function, values), expected)
+        here = [move(y, spec) for y, spec in zip(found, self.results, strict=True)]
         return _errors(_call(function, moved), here)
 
     def row(self, check: str, errors: Callable[[], Sequence[float]], allowed: Sequence[float]) -> Row:
         """The worst of several errors, each by its own limit; one that cannot be computed is NaN, which fails."""
         try:
             pairs = list(zip(errors(), allowed, strict=True))
-        except _ERRORS as error:
-            lines = str(error).strip().splitlines() or [""]
-            note = f"{type(error).__name__}: {lines[0]}"
-            return Row(check, self.place, math.nan, max(allowed, default=0.0), "relative", note)
+        except _Fault as error:
+            return Row(check, self.place, math.nan, max(allowed, default=0.0), "relative", error.what)
         found = [Row(check, self.place, error, limit, "relative") for error, limit in pairs]
         nothing = Row(check, self.place, 0.0, 0.0, "relative", "nothing to compare")
         return max(found, key=lambda row: (not row.passed, row.used), default=nothing)
 
 
 def _call(function: Callable[..., Any], values: Sequence[Any]) -> list[Tensor]:
-    with torch.no_grad():
+    with torch.no_grad(), _faults():
         found = function(*values)
     return list(found) if isinstance(found, (tuple, list)) else [found]
 
@@ -476,12 +483,17 @@ def _is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """Largest differences, each relative to the largest element expected; NaN where either has NaN."""
+def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``found``, which has the shapes and dtypes of those expected."""
     if [(y.shape, y.dtype) for y in found] != [(y.shape, y.dtype) for y in expected]:
         told = [", ".join(f"{y.dtype} {list(y.shape)}" for y in ys) for ys in (found, expected)]
-        raise ValueError(f"it returns {told[0]} in place of {told[1]}")
-    return [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+        raise _Fault(f"it returns {told[0]} in place of {told[1]}")
+    return found
+
+
+def _errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Largest differences, each relative to the largest element expected; NaN where either has NaN."""
+    return [relative_error(a, b) for a, b in zip(_alike(found, expected), expected, strict=True)]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -502,7 +514,8 @@ def _traced(program: Program, region: Region, candidate: Callable[..., Any]) -> 
 
     def body(*inputs: Tensor) -> list[Tensor]:
         values = [x.shape[0] if is_size else x for x, is_size in zip(inputs, sized, strict=True)]
-        found = candidate(*values)
+        with _faults():
+            found = candidate(*values)
         return list(found) if isinstance(found, (tuple, list)) else [found]
 
     made, frozen = trace_program(body, region.operands, region.results, {}, stage=program.stage)

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from ..errors import UsageError
 from ..passes import Exactness
 
@@ -92,6 +94,9 @@ TABLE = {
 # upwards too: a model whose own float32 forces miss the table cannot have a drop-in that meets it.
 OWN_ERROR_FACTOR = 2.0
 OWN_ERROR_FLOOR = 0.25
+
+#: relative to the largest element: what sums in another order may differ by
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def tolerance(dtype: str, exactness: Exactness, budget: float | None = None) -> Tolerance:

@@ -16,7 +16,7 @@ from fxpass.ir import ops
 from fxpass.ir.guards import ENTER, LEAVE, guards, region_of, side_and_region
 from fxpass.ir.irreps_transfer import NONLINEAR
 from fxpass.ir.metadata import provenance, set_provenance
-from fxpass.ir.program import Program
+from fxpass.ir.program import Program, fresh
 from fxpass.passes import Application, Exactness, Outcome, Pass, Refusal
 from fxpass.rewrite import is_pure
 
@@ -68,7 +68,8 @@ class GuardFusion(Pass):
                     named = dict.fromkeys(node.name for node in (seed, *blamed))
                     refusals.append(Refusal(kind, why, tuple(named), where))
                     continue
-                region = _fresh(f"{kind}:{where or seed.name}", taken)
+                region = fresh(f"{kind}:{where or seed.name}", taken.__contains__, mark="#", first=2)
+                taken.add(region)
                 added = _guard(nodes, region, constant, self.name)
                 guarded |= nodes
                 applications.append(Application(kind, seed.name, where, added=added))
@@ -199,12 +200,3 @@ def _insert(source: fx.Node, before: fx.Node, region: str, side: str, made_by: s
     heart = provenance(before if side == ENTER else source)
     set_provenance(guard, replace(heart, made_by=made_by))
     return guard
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    fresh, n = name, 1
-    while fresh in taken:
-        n += 1
-        fresh = f"{name}#{n}"
-    taken.add(fresh)
-    return fresh

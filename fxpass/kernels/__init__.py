@@ -1,0 +1,1 @@
+"""Kernels: programs over vector lanes, printed, built and bound."""

@@ -1,0 +1,124 @@
+"""native: fused kernels, generated as C++ for this machine and this model, and ATen for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..ir.ops import SEMANTIC
+from ..ir.program import Program
+from ..kernels.build import build, find_compiler
+from ..kernels.choice import Choice, choose
+from .base import LEGAL, executable
+
+#: edges and atoms fused, linear maps folded; of the semantic ops that are left those without a kernel become ATen
+FUSED = (
+    "fold-linears,fuse-convolution,fuse-contraction,legalize{kernels=true},"
+    "fold-constants,common-subexpressions,dead-code"
+)
+
+
+class NativeTarget:
+    """Kernels are built when a model is lowered, and kept for the next time; without a compiler it runs as ATen."""
+
+    name: ClassVar[str] = "native"
+
+    @property
+    def pipeline(self) -> str:  # depends on the machine
+        return LEGAL if find_compiler() is None else FUSED
+
+    def lower(self, program: Program) -> nn.Module:
+        return Native(program)
+
+    def portable(self, interface: nn.Module) -> nn.Module | None:
+        return None
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """What runs one semantic op of a lowered program.
+
+    Attributes:
+        node: its name.
+        op: name of the op, without namespace.
+        kernel: name of the kernel, or empty where the reference in ATen runs.
+        reason: why the reference runs.
+    """
+
+    node: str
+    op: str
+    kernel: str
+    reason: str = ""
+
+
+class Native(nn.Module):
+    """A lowered program.
+
+    Calls that record autograd run the ops one by one, whose derivatives torch knows; all others run the kernels.
+
+    Attributes:
+        manifest: what runs each semantic op.
+        sources: C++ text by name of kernel.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.eager = executable(program)
+        compiler = find_compiler()
+        chosen, rows = _choices(program) if compiler is not None else ({}, _without_compiler(program))
+        self.manifest: tuple[ManifestRow, ...] = rows
+        self.sources: Mapping[str, str] = {c.kernel.name: c.kernel.source for c in chosen.values()}
+        self.fused = self.eager
+        if compiler is not None and chosen:
+            libraries = build(self.sources, compiler)
+            self.fused = _bound(self.eager, {n: c.bind(libraries[c.kernel.name]) for n, c in chosen.items()})
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            return self.eager(*inputs)
+        return self.fused(*inputs)
+
+
+def _choices(program: Program) -> tuple[dict[str, Choice], tuple[ManifestRow, ...]]:
+    """Kernels by name of the node that they run, and the manifest."""
+    chosen, rows = {}, []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target not in SEMANTIC:
+            continue
+        found = choose(node.target, fx.map_arg(node.args, lambda n: n.meta["val"]), _constants(program, node))
+        if isinstance(found, Choice):
+            chosen[node.name] = found
+        name, reason = (found.kernel.name, "") if isinstance(found, Choice) else ("", found)
+        rows.append(ManifestRow(node.name, SEMANTIC[node.target].name, name, reason))
+    return chosen, tuple(rows)
+
+
+def _without_compiler(program: Program) -> tuple[ManifestRow, ...]:
+    found = [n for n in program.graph.nodes if n.op == "call_function" and n.target in SEMANTIC]
+    return tuple(ManifestRow(n.name, SEMANTIC[n.target].name, "", "there is no C++ compiler") for n in found)
+
+
+def _constants(program: Program, node: fx.Node) -> dict[int, Tensor]:
+    """Values of the arguments that are weights, by position."""
+    return {
+        at: getattr(program.graph_module, str(a.target)).detach()
+        for at, a in enumerate(node.args)
+        if isinstance(a, fx.Node) and a.op == "get_attr"
+    }
+
+
+def _bound(module: fx.GraphModule, functions: Mapping[str, Any]) -> fx.GraphModule:
+    """A module on the same weights that calls ``functions`` in place of the nodes of these names."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    returned = graph.graph_copy(module.graph, copies)
+    graph.output(returned)
+    for node, copy in copies.items():
+        if node.name in functions:
+            copy.target = functions[node.name]
+    graph.eliminate_dead_code()
+    return fx.GraphModule(module, graph)
