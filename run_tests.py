@@ -2,10 +2,12 @@
 
 Needs nothing but Python 3.11.  Makes the two environments that the tests need (mace-torch pins
 e3nn 0.4.4; other families need e3nn 0.6; one environment cannot hold both), then runs ruff, mypy
-and, in each environment, pytest.  Exits with 1 when anything failed.
+and, in each environment, pytest.  A third one, with Triton, is made only where it is asked for.
+Exits with 1 when anything failed.
 
     python run_tests.py                          everything
     python run_tests.py --env mace               one environment
+    python run_tests.py --env triton             the tests of printed Triton kernels, which need 700 MB more
     python run_tests.py -- tests/test_ir.py -x   arguments after -- go to pytest
 """
 
@@ -29,16 +31,23 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Environment:
-    """One environment: what pip installs after torch, and the markers whose tests do not run in it."""
+    """One environment: what pip installs after torch, and which tests run in it.
+
+    Attributes:
+        lacks: markers whose tests do not run in it.
+        only: the marker that all its tests have; it is made only where ``--env`` names it.
+    """
 
     name: str
     requirements: tuple[str, ...]
     lacks: tuple[str, ...] = ()
+    only: str = ""
 
 
 ENVIRONMENTS = (
-    Environment("mace", ("-e", ".[mace,dev]")),
-    Environment("e3nn06", ("-e", ".[ase,dev]", "e3nn>=0.6,<0.7"), lacks=("mace", "once")),
+    Environment("mace", ("-e", ".[mace,dev]"), lacks=("triton",)),
+    Environment("e3nn06", ("-e", ".[ase,dev]", "e3nn>=0.6,<0.7"), lacks=("mace", "once", "triton")),
+    Environment("triton", ("-e", ".[triton,dev]"), only="triton"),
 )
 
 
@@ -107,7 +116,9 @@ def test(environment: Environment, folder: Path, arguments: list[str]) -> Step:
 
     cuda = subprocess.run([python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"])
     lacks = environment.lacks if cuda.returncode == 0 else (*environment.lacks, "gpu")
-    markers = " and ".join([*([f"({chosen.m})"] if chosen.m else []), *(f"not {marker}" for marker in lacks)])
+    wanted = [f"({chosen.m})"] if chosen.m else []
+    wanted += [environment.only] if environment.only else []
+    markers = " and ".join([*wanted, *(f"not {marker}" for marker in lacks)])
     workers = str(min(os.cpu_count() or 1, 4))
     return run(
         f"{environment.name}: pytest",
@@ -129,7 +140,7 @@ def main() -> int:
     steps: list[Step] = []
     linted = False
     for environment in ENVIRONMENTS:
-        if arguments.env not in (None, environment.name):
+        if arguments.env != environment.name and (arguments.env or environment.only):
             continue
         folder = arguments.envs.resolve() / environment.name
         prepared = prepare(environment, folder)
@@ -137,7 +148,7 @@ def main() -> int:
             steps.append(prepared)
             if not prepared.ok:
                 continue
-        if not linted:
+        if not linted and not environment.only:
             python = str(python_of(folder))
             steps.append(run("ruff", [python, "-m", "ruff", "check", "."]))
             steps.append(run("mypy", [python, "-m", "mypy"]))

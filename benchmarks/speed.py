@@ -19,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -117,7 +119,7 @@ def eager(model: nn.Module) -> Candidate:
     def mace_calculator() -> Any:
         from mace.calculators import MACECalculator
 
-        with _default_dtype_kept():
+        with default_dtype_kept():
             dtype = str(dtype_of(model)).removeprefix("torch.")
             return MACECalculator(models=[copy_model(model)], default_dtype=dtype)
 
@@ -154,11 +156,15 @@ def aot_inductor(model: nn.Module) -> Candidate:
     return Candidate(COMPILERS[2], lambda data: interface(data, compute_stress=False))
 
 
+def ours(preset: str, target: str) -> str:
+    return f"fxpass {preset}, {target}"
+
+
 def optimised(model: nn.Module, preset: str, target: str) -> Candidate:
     result = fxpass.optimize(model, preset, target=target, verify=False)
     program = legal(result.program, result.target, default_registry()).program
     return Candidate(
-        f"fxpass {preset}, {target}",
+        ours(preset, target),
         lambda data: result(data, compute_stress=False),
         cost=program_cost(program),
         calculator=result.calculator,
@@ -168,14 +174,15 @@ def optimised(model: nn.Module, preset: str, target: str) -> Candidate:
 MAKE = dict(zip(COMPILERS, (e3nn_torchscript, torch_compile, aot_inductor), strict=True))
 
 
-def candidates(model: nn.Module, compilers: Sequence[str], presets: Sequence[str], targets: Sequence[str],
-               first: dict[str, Tensor]) -> Iterator[Candidate | tuple[str, str]]:  # fmt: skip
+def candidates(
+    model: nn.Module, options: argparse.Namespace, first: dict[str, Tensor]
+) -> Iterator[Candidate | tuple[str, str]]:
     """What can be made, each after its first call on ``first``; name and reason of what cannot."""
     yield eager(model)
-    makers: dict[str, Callable[[], Candidate]] = {name: lambda m=MAKE[name]: m(model) for name in compilers}
-    for preset in presets:
-        for target in targets:
-            makers[f"fxpass {preset}, {target}"] = lambda p=preset, t=target: optimised(model, p, t)
+    makers: dict[str, Callable[[], Candidate]] = {name: partial(MAKE[name], model) for name in options.chosen_compilers}
+    for preset in options.presets:
+        for target in options.targets:
+            makers[ours(preset, target)] = partial(optimised, model, preset, target)
     for name, make in makers.items():
         start = time.perf_counter()
         try:
@@ -191,14 +198,14 @@ def candidates(model: nn.Module, compilers: Sequence[str], presets: Sequence[str
 # --- measurements
 
 
-class _default_dtype_kept:  # noqa: N801  used as a context manager
+@contextmanager
+def default_dtype_kept() -> Iterator[None]:
     """mace-torch's calculator changes torch's default dtype and leaves it changed."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_default_dtype()
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self.before)
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def step(calculator: Any, structure: Structure) -> Call:
@@ -207,7 +214,7 @@ def step(calculator: Any, structure: Structure) -> Call:
 
     def run() -> None:
         atoms.positions += rng.normal(scale=MOVE / math.sqrt(3), size=atoms.positions.shape)
-        with _default_dtype_kept():
+        with default_dtype_kept():
             calculator.calculate(atoms, ["energy", "forces"])
 
     return run
@@ -226,9 +233,9 @@ def available_memory() -> float:
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
-def compile_times(word: str, preset: str, target: str, dtype: str) -> tuple[float, float]:
+def compile_times(word: str, preset: str, target: str, dtype: str | None) -> tuple[float, float]:
     """Seconds of ``optimize`` and one call in a new process with empty caches, and in a second one after it."""
-    words = ["--compile-once", word, preset, target, "--dtype", dtype]
+    words = ["--compile-once", word, preset, target, *(["--dtype", dtype] if dtype else [])]
     with tempfile.TemporaryDirectory() as folder:
         caches = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor")}
         found = []
@@ -239,7 +246,8 @@ def compile_times(word: str, preset: str, target: str, dtype: str) -> tuple[floa
     return found[0], found[1]
 
 
-def compile_once(word: str, preset: str, target: str, dtype: torch.dtype) -> float:
+def compile_once(word: str, preset: str, target: str, dtype: torch.dtype | None) -> float:
+    """Seconds of ``optimize`` and one call."""
     model = find(word, dtype)
     data = batch(model, crystal(8, facts(model)["numbers"], facts(model)["cutoff"], NEAREST))
     start = time.perf_counter()
@@ -261,49 +269,42 @@ def measure(word: str, options: argparse.Namespace) -> Iterator[Row]:
     model = find(word, options.torch_dtype)
     exact, known = copy_model(model).double(), facts(model)
     name = word if word in MODELS else Path(word).stem
-    sizes = [crystal(n, known["numbers"], known["cutoff"], NEAREST) for n in sorted(options.atoms)]
-    structures = list({len(s): on_float32_grid(s) for s in sizes}.values())
-    rows = {}
+    structures = [on_float32_grid(crystal(n, known["numbers"], known["cutoff"], NEAREST)) for n in options.atoms]
+    structures = list({len(s): s for s in sorted(structures, key=len)}.values())
     chosen = []
-    for made in candidates(model, options.chosen_compilers, options.presets, options.targets, batch(model, sizes[0])):
+    for made in candidates(model, options, batch(model, structures[0])):
         if isinstance(made, Candidate):
             chosen.append(made)
         else:
             yield Row(name, made[0], options.threads[0], 0, 0, note=made[1])
     times = {}
     if options.cold:
-        for preset in options.presets:
-            for target in options.targets:
-                key = f"fxpass {preset}, {target}"
-                if any(made.name == key for made in chosen):
-                    times[key] = compile_times(word, preset, target, options.dtype)
+        compiled = {made.name for made in chosen}
+        pairs = [(p, t) for p in options.presets for t in options.targets if ours(p, t) in compiled]
+        times = {ours(*pair): compile_times(word, *pair, options.dtype) for pair in pairs}
     needs: dict[str, float] = {}  # bytes an atom, at the last size
     for structure in structures:
         data, atoms = batch(model, structure), len(structure)
         edges = data["edge_index"].shape[1]
-        wide = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
-        fits = {}
-        for made in chosen:
-            need = 1.2 * needs.get(made.name, 0.0) * atoms
-            if need < available_memory() and atoms <= (options.up_to if made.cost is None else atoms):
-                fits[made.name] = made
-        reference = exact(wide, compute_stress=False) if EAGER in fits else None
+        fits = {made.name: made for made in chosen if fit(made, needs, atoms, options.up_to)}
+        memory = {key: peak_memory(partial(made.run, data)) for key, made in fits.items()}
+        needs |= {key: value / atoms for key, value in memory.items()}
+        accuracy: dict[str, tuple[float, float]] = {}
+        if EAGER in fits:
+            wide = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
+            reference = exact(wide, compute_stress=False)
+            accuracy = {key: errors(made.run(data), reference, atoms) for key, made in fits.items()}
         for count in options.threads:
             with threads(count):
                 peaks = Peaks.measure(dtype_of(model))
-                calls = {key: (lambda m=made: m.run(data)) for key, made in fits.items()}
-                if count == options.threads[0]:
-                    memory = {key: peak_memory(call) for key, call in calls.items()}
-                    needs |= {key: value / atoms for key, value in memory.items()}
-                taken = by_turns(calls, options.repeat, options.seconds)
-                steps: dict[str, tuple[float, ...]] = {}
-                if not options.no_ase:
-                    asked = {k: step(m.calculator(), structure) for k, m in fits.items() if m.calculator is not None}
-                    steps = by_turns(asked, options.repeat, options.seconds)
+                taken = by_turns({k: partial(m.run, data) for k, m in fits.items()}, options.repeat, options.seconds)
+                asked = {k: step(m.calculator(), structure) for k, m in fits.items() if m.calculator is not None}
+                steps = {} if options.no_ase else by_turns(asked, options.repeat, options.seconds)
             for key, made in fits.items():
-                cold, warm = times.get(key, (None, None))
-                row = Row(name, key, count, atoms, edges, median(taken[key]), min(taken[key]), memory=memory[key],
-                          compile=made.compile, cold=cold, warm=warm)  # fmt: skip
+                row = Row(name, key, count, atoms, edges, median(taken[key]), min(taken[key]))
+                row = replace(row, memory=memory[key], compile=made.compile)
+                row = replace(row, **dict(zip(("cold", "warm"), times.get(key, ()), strict=False)))
+                row = replace(row, **dict(zip(("energy_error", "force_error"), accuracy.get(key, ()), strict=False)))
                 if EAGER in taken:
                     row = replace(row, ratio=median(taken[EAGER]) / median(taken[key]))
                 if key in steps:
@@ -311,11 +312,12 @@ def measure(word: str, options: argparse.Namespace) -> Iterator[Row]:
                 if made.cost is not None:
                     amount = made.cost.at(atoms=atoms, edges=edges, graphs=1)
                     row = replace(row, flops=amount.flops, bytes=amount.bytes, bound=peaks.bound(amount))
-                if reference is not None:
-                    energy, force = errors(made.run(data), reference, atoms)
-                    row = replace(row, energy_error=energy, force_error=force)
-                rows[key, count, atoms] = row
                 yield row
+
+
+def fit(made: Candidate, needs: Mapping[str, float], atoms: int, up_to: int) -> bool:
+    """Whether a candidate runs at this size: as asked for, and with memory to spare."""
+    return (atoms <= up_to or made.cost is not None) and 1.2 * needs.get(made.name, 0.0) * atoms < available_memory()
 
 
 # --- output

@@ -33,7 +33,7 @@ from .registry import FRONTENDS, PASSES, default_registry
 from .report import PassRecord, Report
 from .runner import Observer, RunResult, run
 from .structures import Structure, probe_structures, read_structures
-from .targets.base import Target
+from .targets.base import Target, fallbacks
 from .verify.receipt import Receipt
 from .verify.tolerances import parse_budget, tolerance
 
@@ -176,7 +176,7 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
             records=(*result.records, *fit.records),
             timings=tuple(clock.timings),
             receipt=receipt,
-            warnings=(*caveats, *doubts) if verify else (*caveats, UNVERIFIED),
+            warnings=(*caveats, *fallbacks(interface), *(doubts if verify else (UNVERIFIED,))),
         )
         if folder is not None:
             (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")

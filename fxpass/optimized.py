@@ -15,6 +15,7 @@ from .errors import UsageError
 from .ir.program import Program
 from .report import Report
 from .targets.ase import calculator
+from .targets.base import ManifestRow, manifest
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
@@ -70,6 +71,17 @@ class Optimized(nn.Module):
     def graph_module(self) -> fx.GraphModule:
         """The optimised graph with its semantic ops, to look at and to run (canonical inputs, see ``program``)."""
         return self.program.graph_module
+
+    @property
+    def manifest(self) -> tuple[ManifestRow, ...]:
+        """What runs each semantic op of the lowered programs: a kernel, or its reference and why."""
+        return manifest(self.interface)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Source of every generated kernel, by name."""
+        found = (getattr(module, "sources", {}) for module in self.interface.modules())
+        return {name: text for sources in found for name, text in sources.items()}
 
     def calculator(self, *, head: str | None = None, skin: float = 0.5) -> Calculator:
         """An ASE calculator with energy, free_energy, forces and, for periodic cells, stress.

@@ -73,11 +73,11 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 MAPS = {
     "square": linear("64x0e+64x1o", "64x0e+64x1o"),
     "merging": linear("16x0e+8x0e+16x1o+3x1o+16x2e+16x3o", "16x0e+16x1o+24x2e+16x3o"),
-    "odd": linear("5x0e+3x1o+7x2e+1x3o+2x4e", "19x0e+33x1o+1x2e+5x3o+9x4e", gap=3),
+    "odd": linear("5x0e+3x1o+7x2e+1x3o", "19x0e+33x1o+1x2e+5x3o", gap=3),
     "readout": linear("64x0e+32x1o", "1x0e"),
     "unconnected": linear("4x0e+4x1e", "4x1o+6x0e+3x1e"),
     "nothing": linear("4x0e", "4x1o"),
-    "large": linear("2x10e", "3x10e"),
+    "large": linear("2x5e", "3x5e"),
     "parities": linear("4x0e+4x0o+4x1o+4x1e", "4x1e+4x0o+4x0e"),
 }
 

@@ -114,11 +114,16 @@ def scripted(original: Family) -> fxpass.Optimized:
     return fxpass.optimize(original.model, "exact", verify=False, target="torchscript")
 
 
+@pytest.fixture(scope="module")
+def native(original: Family) -> fxpass.Optimized:
+    return fxpass.optimize(original.model, "exact", verify=False, target="native")
+
+
 def test_shipped_targets() -> None:
-    assert set(default_registry().names(TARGETS)) >= {"eager", "torchscript", "inductor"}
+    assert set(default_registry().names(TARGETS)) >= {"eager", "torchscript", "inductor", "native"}
 
 
-@pytest.mark.parametrize("target", ["eager", "scripted"])
+@pytest.mark.parametrize("target", ["eager", "scripted", "native"])
 def test_it_equals_the_original_at_any_size(target: str, original: Family, request: pytest.FixtureRequest) -> None:
     optimised = request.getfixturevalue(target)
     for items in BATCHES:

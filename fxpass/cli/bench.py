@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
@@ -21,17 +17,27 @@ from torch import nn
 
 from .. import api
 from ..frontends.base import Frontend
-from ..structures import FCC, Structure, neighbour_list
+from ..ir.cost import Cost, program_cost
+from ..ir.program import Program
+from ..lowering import legal, lower
+from ..optimized import Optimized
+from ..passes import Pass
+from ..pipeline import resolve
+from ..registry import default_registry
+from ..runner import PassRecord, run
+from ..structures import Structure, neighbour_list
 from . import options
 from .answer import Answer
 from .doctor import cores
+from .measure import Peaks, by_turns, crystal, ms, peak_memory, processor, threads
 from .options import Commands
 
 EXAMPLES = """
 fxpass bench example:small --atoms 256 --threads 1
+fxpass bench example:small --atoms 32 --threads 1 --each-pass --memory --roofline
 """
 
-WARM_UP = 2  # calls that are not timed
+ORIGINAL = "original"
 
 
 def add_to(commands: Commands) -> None:
@@ -45,23 +51,55 @@ def add_to(commands: Commands) -> None:
         options.target_option(),
         options.no_verify_option(),
         options.verification_options("structures to time on in place of a crystal, and to verify on"),
-        more="Both run in this process, by turns, on the same inputs; neighbour lists are not counted.",
+        more="All run in this process, by turns, on the same inputs; neighbour lists are not counted.",
         examples=EXAMPLES,
     )
     parser.add_argument(
-        "--atoms", metavar="N", type=options.positive, default=108, help="size of the crystal to time on (default: 108)"
+        "--atoms",
+        metavar="N",
+        type=options.positive,
+        nargs="+",
+        default=[108],
+        help="sizes of the crystals to time on (default: 108)",
     )
     parser.add_argument(
         "--repeat", metavar="N", type=options.positive, default=10, help="timed calls of each (default: 10)"
     )
     parser.add_argument(
-        "--threads", metavar="N", type=options.positive, help="threads to run on (default: torch's choice)"
+        "--threads",
+        metavar="N",
+        type=options.positive,
+        nargs="+",
+        default=[None],
+        help="threads to run on, one after the other (default: torch's choice)",
+    )
+    parser.add_argument(
+        "--presets", metavar="PIPELINE", nargs="+", default=[], help="further passes to compare, each with each target"
+    )
+    parser.add_argument("--targets", metavar="TARGET", nargs="+", default=[], help="further targets to compare")
+    parser.add_argument("--memory", action="store_true", help="what each call allocates at most")
+    parser.add_argument(
+        "--roofline", action="store_true", help="what the machine could do at best with the work that the result is"
+    )
+    parser.add_argument(
+        "--each-pass", action="store_true", help="the program after every pass: gain by its cost, and as measured"
     )
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of calls on one structure, in seconds, in the order of the calls."""
+    """Times of calls of the original and one result on one structure, in seconds, in the order of the calls.
+
+    Attributes:
+        structure: its name; ``atoms`` and ``edges`` are its sizes.
+        computes: what a call computes, in words.
+        original, optimised: the times.
+        passes: of the result, as they were asked for.
+        target: of the result.
+        threads: on which both ran.
+        memory: bytes that a call of the original and of the result allocates at most; None where not asked for.
+        bound: seconds below which the machine cannot do the result's work; None where not asked for.
+    """
 
     structure: str
     atoms: int
@@ -69,6 +107,11 @@ class Timing:
     computes: str
     original: tuple[float, ...]
     optimised: tuple[float, ...]
+    passes: str = ""
+    target: str = ""
+    threads: int = 1
+    memory: tuple[int, int] | None = None
+    bound: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -77,40 +120,82 @@ class Timing:
     def to_json(self) -> dict[str, Any]:
         seconds = {
             name: {"median": median(values), "fastest": min(values), "slowest": max(values)}
-            for name, values in (("original", self.original), ("optimised", self.optimised))
+            for name, values in ((ORIGINAL, self.original), ("optimised", self.optimised))
         }
-        sizes = {"structure": self.structure, "atoms": self.atoms, "edges": self.edges, "computes": self.computes}
-        return {**sizes, "seconds": seconds, "ratio": self.ratio}
+        return {
+            "structure": self.structure,
+            "atoms": self.atoms,
+            "edges": self.edges,
+            "computes": self.computes,
+            "passes": self.passes,
+            "target": self.target,
+            "threads": self.threads,
+            "seconds": seconds,
+            "ratio": self.ratio,
+            "memory": None if self.memory is None else dict(zip((ORIGINAL, "optimised"), self.memory, strict=True)),
+            "bound": self.bound,
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """The program after one more pass.
+
+    Attributes:
+        name: of the pass; the first is what was captured.
+        expected: seconds below which the machine cannot do its work as the cost expressions count it.
+        seconds: of its calls.
+    """
+
+    name: str
+    expected: float
+    seconds: tuple[float, ...]
 
 
 def bench(arguments: argparse.Namespace) -> Answer:
     given = options.find_structures(arguments.structures)
     model, frontend = api.open_model(options.find_model(arguments.model))
     facts = frontend.attributes(model)
-    structures = given or [crystal(arguments.atoms, facts["numbers"], facts["cutoff"])]
-    with _threads(arguments.threads), options.progress(stages=6, passes=arguments.passes) as bar:
-        result = api.optimize(
-            model,
-            arguments.passes,
-            example=given,
-            target=arguments.target,
-            budget=arguments.budget,
-            verify=not arguments.no_verify,
-            observers=[bar],
-            progress=bar.stage,
-        )
-        timings = []
+    structures = given or [crystal(n, facts["numbers"], facts["cutoff"]) for n in arguments.atoms]
+    wanted = [
+        (passes, target)
+        for passes in dict.fromkeys([arguments.passes, *arguments.presets])
+        for target in dict.fromkeys([arguments.target, *arguments.targets])
+    ]
+    programs = _Programs()
+    results: dict[tuple[str, str], Optimized] = {}
+    timings: list[Timing] = []
+    steps: list[Step] = []
+    with options.progress(stages=6 * len(wanted), passes=arguments.passes) as bar:
+        for passes, target in wanted:
+            with threads(arguments.threads[0]):
+                results[passes, target] = api.optimize(
+                    model,
+                    passes,
+                    example=given,
+                    target=target,
+                    budget=arguments.budget,
+                    verify=not arguments.no_verify,
+                    observers=[bar] if results else [bar, programs],
+                    progress=bar.stage,
+                )
         for structure in structures:
-            bar.stage(f"time {structure.name}")
-            timings.append(_time(model, result, frontend, structure, arguments.repeat))
+            for count in arguments.threads:
+                bar.stage(f"time {structure.name}")
+                with threads(count):
+                    timings += _time(model, results, frontend, structure, arguments)
+        if arguments.each_pass:
+            bar.stage("time the program after every pass")
+            with threads(arguments.threads[0]):
+                steps = _steps(programs, results[wanted[0]], structures[0], arguments.repeat)
         machine = {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": cores(),
-            "threads": torch.get_num_threads(),
+            "threads": timings[0].threads,
             "torch": torch.__version__,
             "system": platform.platform(terse=True),
         }
-    report = result.report
+    report = results[wanted[0]].report
     data = {
         "model": arguments.model,
         "dtype": facts["dtype"],
@@ -119,52 +204,110 @@ def bench(arguments: argparse.Namespace) -> Answer:
         "machine": machine,
         "repeat": arguments.repeat,
         "timings": [timing.to_json() for timing in timings],
+        "each_pass": [
+            {"pass": step.name, "expected": step.expected, "median": median(step.seconds)} for step in steps
+        ],
         "stages": [{"stage": stage, "seconds": seconds} for stage, seconds in report.timings],
         "verified": report.receipt is not None,
     }
     on = (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"torch {machine['torch']}, {data['dtype']}, target {report.target}"
+        f"{machine['processor']}, {machine['cores']} cores, {', '.join(str(n) for n in _threads(timings))} threads, "
+        f"torch {machine['torch']}, {data['dtype']}"
     )
-    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.timings)
-    return Answer(data, (on, _table(timings, arguments.repeat), f"once: {stages}"))
+    shown: list[Any] = [on, _table(timings, arguments.repeat)]
+    if steps:
+        shown.append(_steps_table(steps))
+    for (passes, target), result in results.items():
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.report.timings)
+        shown.append(f"once, {passes} to {target}: {stages}")
+    return Answer(data, shown)
 
 
-def _table(timings: list[Timing], repeat: int) -> Table:
+def _threads(timings: Sequence[Timing]) -> list[int]:
+    return list(dict.fromkeys(timing.threads for timing in timings))
+
+
+def _table(timings: Sequence[Timing], repeat: int) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", title_style="")
     table.title = f"{timings[0].computes}, medians of {repeat} calls"
-    for heading in ("structure", "atoms", "edges", "original", "optimised", "µs/atom", "ratio"):
-        table.add_column(heading, header_style="bright_black", justify="left" if heading == "structure" else "right")
+    columns: list[tuple[str, Callable[[Timing], str]]] = [
+        ("structure", lambda t: t.structure),
+        ("passes", lambda t: t.passes),
+        ("target", lambda t: t.target),
+        ("atoms", lambda t: str(t.atoms)),
+        ("edges", lambda t: str(t.edges)),
+        ("threads", lambda t: str(t.threads)),
+        (ORIGINAL, lambda t: f"{ms(t.original):.2f} ms"),
+        ("optimised", lambda t: f"{ms(t.optimised):.2f} ms"),
+        ("µs/atom", lambda t: f"{1e3 * ms(t.optimised) / t.atoms:.1f}"),
+        ("memory", lambda t: "" if t.memory is None else f"{t.memory[0] / 1e6:.1f} -> {t.memory[1] / 1e6:.1f} MB"),
+        ("bound", lambda t: "" if t.bound is None else f"{1e3 * t.bound:.2f} ms"),
+        ("of bound", lambda t: "" if t.bound is None else f"{t.bound / median(t.optimised):.0%}"),
+    ]
+    columns = [(heading, cell) for heading, cell in columns if any(cell(timing) for timing in timings)]
+    for heading, _ in columns:
+        words = heading in ("structure", "passes", "target")
+        table.add_column(heading, header_style="bright_black", justify="left" if words else "right")
+    table.add_column("ratio", header_style="bright_black", justify="right")
     for timing in timings:
-        optimised = median(timing.optimised)
+        cells = [Text(cell(timing)) for _, cell in columns]
+        table.add_row(*cells, Text(f"{timing.ratio:.2f}x", "bold"))
+    return table
+
+
+def _steps_table(steps: Sequence[Step]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", title_style="")
+    table.title = "the program after every pass that changed it: gains over the pass before"
+    for heading in ("pass", "bound", "expected gain", "measured", "measured gain"):
+        table.add_column(heading, header_style="bright_black", justify="left" if heading == "pass" else "right")
+    for before, step in zip([steps[0], *steps], steps, strict=False):
         table.add_row(
-            Text(timing.structure),
-            str(timing.atoms),
-            str(timing.edges),
-            f"{median(timing.original) * 1e3:.2f} ms",
-            f"{optimised * 1e3:.2f} ms",
-            f"{optimised / timing.atoms * 1e6:.1f}",
-            Text(f"{timing.ratio:.2f}x", "bold"),
+            Text(step.name),
+            f"{1e3 * step.expected:.2f} ms",
+            f"{before.expected / step.expected:.2f}x",
+            f"{ms(step.seconds):.2f} ms",
+            f"{median(before.seconds) / median(step.seconds):.2f}x",
         )
     return table
 
 
-def _time(model: nn.Module, result: nn.Module, frontend: Frontend, structure: Structure, repeat: int) -> Timing:
-    """Time both by turns, so that a machine that gets slower or faster meanwhile is fair to both."""
+def _time(
+    model: nn.Module,
+    results: dict[tuple[str, str], Optimized],
+    frontend: Frontend,
+    structure: Structure,
+    arguments: argparse.Namespace,
+) -> list[Timing]:
+    """The original and every result by turns on one structure."""
     facts = frontend.attributes(model)
     edges, _ = neighbour_list(structure, facts["cutoff"])
     computes = "energy and forces" if frontend.evaluate(model, structure).stress is None else "energy, forces, stress"
-    calls = [_call(module, frontend, structure) for module in (model, result)]
-    for _ in range(WARM_UP):
-        for call in calls:
-            call()
-    seconds: list[list[float]] = [[], []]
-    for _ in range(repeat):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return Timing(structure.name, len(structure), edges.shape[1], computes, tuple(seconds[0]), tuple(seconds[1]))
+    calls: dict[Any, Callable[[], object]] = {ORIGINAL: _call(model, frontend, structure)}
+    calls |= {key: _call(result, frontend, structure) for key, result in results.items()}
+    memory = {key: peak_memory(call) for key, call in calls.items()} if arguments.memory else {}
+    taken = by_turns(calls, arguments.repeat)
+    peaks = Peaks.measure(getattr(torch, facts["dtype"])) if arguments.roofline else None
+    sizes = {"atoms": len(structure), "edges": edges.shape[1], "graphs": 1}
+    return [
+        Timing(
+            structure.name,
+            sizes["atoms"],
+            sizes["edges"],
+            computes,
+            taken[ORIGINAL],
+            taken[key],
+            *key,
+            torch.get_num_threads(),
+            (memory[ORIGINAL], memory[key]) if memory else None,
+            None if peaks is None else peaks.bound(_cost(result).at(**sizes)),
+        )
+        for key, result in results.items()
+    ]
+
+
+def _cost(result: Optimized) -> Cost:
+    """Of the program that runs: with what the target fuses, or in the ops that it takes apart."""
+    return program_cost(legal(result.program, result.target, default_registry()).program)
 
 
 def _call(module: nn.Module, frontend: Frontend, structure: Structure) -> Callable[[], object]:
@@ -176,45 +319,40 @@ def _call(module: nn.Module, frontend: Frontend, structure: Structure) -> Callab
     finally:
         hook.remove()
     args, kwargs = seen[0]
-    return lambda: module(*args, **kwargs)
+    return partial(module, *args, **kwargs)
 
 
-def crystal(atoms: int, numbers: list[int], cutoff: float) -> Structure:
-    """A rattled fcc crystal of random species with about so many atoms: a multiple of 4, no fewer than asked for.
+class _Programs:
+    """Keeps the program after every pass that changed it."""
 
-    Nearest neighbours are 2.5 Angstrom apart, or 0.55 cutoffs where that is less, as in the probe structures.
-    """
-    side = max(1, round((atoms / 4) ** (1 / 3)))
-    repeats = np.array([side, side, math.ceil(atoms / (4 * side**2))])
-    corners = np.stack(np.meshgrid(*map(np.arange, repeats), indexing="ij"), axis=-1).reshape(-1, 1, 3)
-    a = min(2.5, 0.55 * cutoff) * math.sqrt(2.0)
-    positions = a * (corners + FCC).reshape(-1, 3)
-    rng = np.random.default_rng(0)
-    return Structure(
-        rng.choice(numbers, size=len(positions)),
-        positions + rng.normal(scale=0.02 * a, size=positions.shape),
-        a * np.diag(repeats),
-        (True, True, True),
-        f"fcc {'x'.join(map(str, repeats))}",
-    )
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, Program]] = []
+
+    def on_pass_start(self, pass_: Pass, program: Program) -> None:
+        if not self.kept:
+            self.kept.append(("captured", program))
+
+    def on_pass_end(self, record: PassRecord, before: Program, after: Program) -> None:
+        if record.modified:
+            self.kept.append((record.name, after))
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """So many threads for as long as this is open."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _processor() -> str:
-    """Name of the processor; Python knows it only on some systems."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _steps(programs: _Programs, result: Optimized, structure: Structure, repeat: int) -> list[Step]:
+    """Every program lowered to the target of ``result``, and timed by turns."""
+    registry = default_registry()
+    calls, costs = [], []
+    for _, kept in programs.kept:
+        program = run(kept, resolve("differentiate", registry), check=lambda _: None).program
+        fit = legal(program, result.target, registry).program
+        costs.append(program_cost(fit))
+        interface = lower(fit, result.target, result.frontend, result.facts)
+        calls.append(_call(interface, result.frontend, structure))
+    taken = by_turns({str(k): call for k, call in enumerate(calls)}, repeat)
+    peaks = Peaks.measure(getattr(torch, result.facts["dtype"]))
+    edges, _ = neighbour_list(structure, result.facts["cutoff"])
+    sizes = {"atoms": len(structure), "edges": edges.shape[1], "graphs": 1}
+    names = [name for name, _ in programs.kept]
+    return [
+        Step(name, peaks.bound(cost.at(**sizes)), seconds)
+        for name, cost, seconds in zip(names, costs, taken.values(), strict=True)
+    ]

@@ -266,19 +266,23 @@ class BoundKernel:
         Raises:
             KernelError: an operand is not of the kernel's dtype, of its shape, or on the CPU.
         """
-        kernel = self.kernel
-        x = _checked(x, kernel.dtype, dim(kernel.map.irreps_in))
-        if x2 is None:
-            second = None
-        else:
-            x2 = _checked(x2, kernel.dtype, kernel.map.scalars)
-            second = x2.data_ptr()
+        dtype, (columns, wide, scalars) = self.kernel.dtype, self._columns
+        x, second = _checked(x, dtype, columns), None
         rows = x.shape[0]
-        if (second is None) != (kernel.map.scalars == 0) or (x2 is not None and x2.shape[0] != rows):
-            raise KernelError(f"The kernel maps {rows} rows with {kernel.map.scalars} scalars for each, not others.")
-        y = torch.empty(rows, dim(kernel.map.irreps_out), dtype=kernel.dtype)
+        if x2 is not None:
+            x2 = _checked(x2, dtype, scalars)
+            second = x2.data_ptr()
+        if (x2 is None) != (scalars == 0) or (x2 is not None and x2.shape[0] != rows):
+            raise KernelError(f"The kernel maps {rows} rows with {scalars} scalars for each, not others.")
+        y = torch.empty(rows, wide, dtype=dtype)
         self.function(x.data_ptr(), second, packed.data_ptr(), y.data_ptr(), rows, torch.get_num_threads())
         return y
+
+    @cached_property
+    def _columns(self) -> tuple[int, int, int]:
+        """Columns of x, of the result and of x2."""
+        whole = self.kernel.map
+        return dim(whole.irreps_in), dim(whole.irreps_out), whole.scalars
 
     @cached_property
     def function(self) -> Callable[..., None]:
@@ -398,7 +402,7 @@ def _name(kind: str, wrt: str, spec: str, dtype: torch.dtype) -> str:
 
 def _checked(x: Tensor, dtype: torch.dtype, columns: int, dims: int = 2) -> Tensor:
     """``x``, contiguous, once it has the type and columns that a kernel reads."""
-    if x.dtype != dtype or x.dim() != dims or x.shape[-1] != columns or x.device.type != "cpu":
+    if x.dtype != dtype or x.dim() != dims or x.shape[-1] != columns or not x.is_cpu:
         wanted = f"{dtype} {['rows', columns][-dims:]}".replace("'", "")
         given = f"{x.dtype} {list(x.shape)} on {x.device.type}"
         raise KernelError(f"The kernel takes {wanted} on cpu, and was given {given}.")

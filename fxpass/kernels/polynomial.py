@@ -18,6 +18,7 @@ from ..algebra.polynomial import Monomial, Polynomial
 from ..errors import UsageError
 from .contraction import DTYPES, gradient_of
 from .lanes import Lanes, Value, cpp, prelude
+from .transposes import TRANSPOSES
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,17 @@ class PolynomialKernel:
         return result
 
     def _text(self, name: str) -> str:
-        places = {array: f"{array}s + {{row}} * W" for array in ("x", "g", "result")}
+        places = {array: f"{array}s + {{row}} * W" for array in ("x", "g", "result")}  # xs, gs, results
         return _FILE.format(
             about=str(self.polynomial)[:80],
             prelude=prelude(self.dtype),
+            transposes=TRANSPOSES,
             variables=self.polynomial.variables,
             outputs=self.outputs,
             columns=self.polynomial.variables if self.gradient else self.outputs,
             name=name,
             arguments=", ".join(f"{kind} {argument}" for kind, argument in self.arguments),
-            load="to_lanes<OUTPUTS>(g + first * OUTPUTS, gs, count);" if self.gradient else "",
+            load="load<OUTPUTS>(g + first * OUTPUTS, gs, count);" if self.gradient else "",
             body="\n    ".join(cpp(self.program, places)),
         )
 
@@ -135,26 +137,30 @@ class PolynomialKernel:
 _FILE = """// {about}
 {prelude}
 static constexpr int64_t VARIABLES = {variables}, OUTPUTS = {outputs}, COLUMNS = {columns};
-
-// [rows, n] <-> n vectors of rows
-template <int64_t n> static void to_lanes(const T* from, T* vectors, int64_t count) {{
-  for (int64_t row = 0; row < count; ++row)
-    for (int64_t i = 0; i < n; ++i) vectors[i * W + row] = from[row * n + i];
+static constexpr int64_t LANES = W;
+{transposes}
+// up to W rows of n numbers -> n vectors; lanes without a row are zero
+template <int64_t n> static void load(const T* rows, T* vectors, int64_t count) {{
+  T copy[n * W] = {{}};
+  if (count < W) rows = static_cast<const T*>(std::memcpy(copy, rows, count * n * sizeof(T)));
+  to_lanes<n>(rows, vectors, W);
 }}
-template <int64_t n> static void from_lanes(const T* vectors, T* to, int64_t count) {{
-  for (int64_t row = 0; row < count; ++row)
-    for (int64_t i = 0; i < n; ++i) to[row * n + i] = vectors[i * W + row];
+template <int64_t n> static void store(const T* vectors, T* rows, int64_t count) {{
+  if (count == W) return from_lanes<n>(vectors, rows, W);
+  T copy[n * W];
+  from_lanes<n>(vectors, copy, W);
+  std::memcpy(rows, copy, count * n * sizeof(T));
 }}
 
 extern "C" void {name}({arguments}) {{
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 16 * W)
   for (int64_t first = 0; first < rows; first += W) {{
     const int64_t count = rows - first < W ? rows - first : W;
-    alignas(64) T xs[VARIABLES * W] = {{}}, gs[OUTPUTS * W] = {{}}, results[COLUMNS * W];
-    to_lanes<VARIABLES>(x + first * VARIABLES, xs, count);
+    alignas(64) T xs[VARIABLES * W], gs[OUTPUTS * W], results[COLUMNS * W];
+    load<VARIABLES>(x + first * VARIABLES, xs, count);
     {load}
     {body}
-    from_lanes<COLUMNS>(results, result + first * COLUMNS, count);
+    store<COLUMNS>(results, result + first * COLUMNS, count);
   }}
 }}
 """

@@ -34,18 +34,20 @@ class Lane:
     def name(self) -> str:
         return f"c{self.channels}"
 
-    @property
-    def only(self) -> str:
-        """Arguments of a load that keep it within the channels that exist."""
-        return "" if self.width == self.channels else f", mask={self.name} < {self.channels}, other=0.0"
-
-    def load(self, address: str) -> str:
-        return f"tl.load({address} + {self.name}{self.only})"
+    def load(self, address: str, stride: int = 1) -> str:
+        """What is at ``address`` for channel 0, and for every other channel ``stride`` numbers further on."""
+        other = ", other=0.0" if self._mask else ""
+        return f"tl.load({address} + {self._apart(stride)}{self._mask}{other})"
 
     def store(self, address: str, value: str, stride: int = 1) -> str:
-        """``address`` counts from channel 0; channels are ``stride`` apart."""
-        mask = self.only.removesuffix(", other=0.0")
-        return f"tl.store({address} + {self.name} * {stride}, {value}{mask})"
+        return f"tl.store({address} + {self._apart(stride)}, {value}{self._mask})"
+
+    def _apart(self, stride: int) -> str:
+        return self.name if stride == 1 else f"{self.name} * {stride}"
+
+    @property
+    def _mask(self) -> str:
+        return "" if self.width == self.channels else f", mask={self.name} < {self.channels}"
 
 
 def statements(
@@ -121,8 +123,13 @@ class TritonConvolution:
 
     @property
     def warps(self) -> int:
-        """Of 32 threads for each program of the grid: one holds up to 64 channels, two for each thread."""
-        return max(1, min(4, max((lane.width for lane in self._lanes), default=1) // 64))
+        """Of 32 threads for each program of the grid.
+
+        A thread holds one channel, which takes the fewest registers; in the gradient two, because what is summed over
+        channels crosses from warp to warp through shared memory.
+        """
+        width = max(lane.width for lane in self._lanes)
+        return max(1, min(8, width // (64 if self.kernel.gradient else 32)))
 
     @cached_property
     def _body(self) -> str:
@@ -168,10 +175,7 @@ class TritonConvolution:
     def _load(self, letter: str, irreps: str, row: str) -> list[str]:
         """Variables with all components of a row of features."""
         found = self._rows(letter, irreps)
-        return [f"{name} = {self._strided(lane, f'{row} + {at}', stride)}" for name, lane, at, stride in found]
-
-    def _strided(self, lane: Lane, address: str, stride: int) -> str:
-        return f"tl.load({address} + {lane.name} * {stride}{lane.only})"
+        return [f"{name} = {lane.load(f'{row} + {at}', stride)}" for name, lane, at, stride in found]
 
     def _zeros(self, lane: Lane) -> str:
         return f"tl.zeros([{lane.width}], {TYPES[self.kernel.dtype]})"

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import fx, nn
 
 from ..ir.guards import lower_guards
 from ..ir.program import Program
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """What runs one semantic op of a lowered program.
+
+    Attributes:
+        node: its name.
+        op: name of the op, without namespace.
+        kernel: name of the kernel, or empty where the reference in ATen runs.
+        reason: why the reference runs.
+    """
+
+    node: str
+    op: str
+    kernel: str
+    reason: str = ""
+
+
+def manifest(interface: nn.Module) -> tuple[ManifestRow, ...]:
+    """What runs the semantic ops of all programs inside a drop-in; empty for targets that know no kernels."""
+    found = (getattr(module, "manifest", ()) for module in interface.modules())
+    return tuple(row for rows in found for row in rows)
+
+
+def fallbacks(interface: nn.Module) -> tuple[str, ...]:
+    """Warnings: ops that a kernel was promised for and the reference runs, by reason."""
+    reasons = Counter((row.op, row.reason) for row in manifest(interface) if not row.kernel)
+    return tuple(f"no kernel runs {op} ({count} times): {why}" for (op, why), count in reasons.items())
 
 
 class Target(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,13 +12,16 @@ from ..ir.ops import SEMANTIC
 from ..ir.program import Program
 from ..kernels.build import build, find_compiler
 from ..kernels.choice import Choice, choose
-from .base import LEGAL, executable
+from .base import LEGAL, ManifestRow, executable
 
 #: edges and atoms fused, linear maps folded; of the semantic ops that are left those without a kernel become ATen
 FUSED = (
     "fold-linears,fuse-convolution,fuse-contraction,legalize{kernels=true},"
     "fold-constants,common-subexpressions,dead-code"
 )
+
+
+UNBUILT = ManifestRow("", "any op", "", "there is no C++ compiler (g++, c++ or clang++) on PATH")
 
 
 class NativeTarget:
@@ -38,23 +40,6 @@ class NativeTarget:
         return None
 
 
-@dataclass(frozen=True)
-class ManifestRow:
-    """What runs one semantic op of a lowered program.
-
-    Attributes:
-        node: its name.
-        op: name of the op, without namespace.
-        kernel: name of the kernel, or empty where the reference in ATen runs.
-        reason: why the reference runs.
-    """
-
-    node: str
-    op: str
-    kernel: str
-    reason: str = ""
-
-
 class Native(nn.Module):
     """A lowered program.
 
@@ -69,7 +54,7 @@ class Native(nn.Module):
         super().__init__()
         self.eager = executable(program)
         compiler = find_compiler()
-        chosen, rows = _choices(program) if compiler is not None else ({}, _without_compiler(program))
+        chosen, rows = _choices(program) if compiler is not None else ({}, (UNBUILT,))
         self.manifest: tuple[ManifestRow, ...] = rows
         self.sources: Mapping[str, str] = {c.kernel.name: c.kernel.source for c in chosen.values()}
         self.fused = self.eager
@@ -95,11 +80,6 @@ def _choices(program: Program) -> tuple[dict[str, Choice], tuple[ManifestRow, ..
         name, reason = (found.kernel.name, "") if isinstance(found, Choice) else ("", found)
         rows.append(ManifestRow(node.name, SEMANTIC[node.target].name, name, reason))
     return chosen, tuple(rows)
-
-
-def _without_compiler(program: Program) -> tuple[ManifestRow, ...]:
-    found = [n for n in program.graph.nodes if n.op == "call_function" and n.target in SEMANTIC]
-    return tuple(ManifestRow(n.name, SEMANTIC[n.target].name, "", "there is no C++ compiler") for n in found)
 
 
 def _constants(program: Program, node: fx.Node) -> dict[int, Tensor]:

@@ -101,7 +101,6 @@ class _Fusion:
         self.constants = constants(program.graph)
         self.made: dict[tuple[Any, Any, str], tuple[fx.Node, Contraction]] = {}
         self.zeros: dict[fx.Node, fx.Node] = {}
-
         gradients = (Var(name, Op(contraction_gradient, ...)) for name in ("a", "b"))
         self.rule = Rule("contraction", Op(is_weighted, ...), self.check, self.fuse)
         self.sum_rule = Rule("sum-of-gradients", Op(aten.add.Tensor, *gradients), self.check_sum, self.fuse_sum)

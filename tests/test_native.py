@@ -1,0 +1,113 @@
+"""The target ``native``: kernels in place of semantic ops, the same numbers, and a manifest that says what runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fxpass
+from fxpass.kernels.build import find_compiler
+from fxpass.models import collate, small_potential
+from fxpass.structures import Structure, probe_structures
+from fxpass.targets import native
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return small_potential(torch.float64)
+
+
+@pytest.fixture(scope="module")
+def fused(model: torch.nn.Module) -> fxpass.Optimized:
+    return fxpass.optimize(model, target="native")
+
+
+def probes(optimized: fxpass.Optimized) -> tuple[Structure, ...]:
+    return probe_structures(optimized.facts["numbers"], optimized.facts["cutoff"])
+
+
+def test_the_default_pipeline_runs_in_kernels_within_its_receipt(fused: fxpass.Optimized) -> None:
+    receipt = fused.report.receipt
+    assert receipt is not None and receipt.passed
+    assert fused.report.warnings == ()
+    assert {row.op for row in fused.manifest} >= {"convolution", "convolution_gradient", "linear", "rows_by"}
+    assert all(row.kernel and not row.reason for row in fused.manifest)
+    assert fused.kernels.keys() == {row.kernel for row in fused.manifest}
+    assert all(name in text for name, text in fused.kernels.items())
+
+
+def test_exact_passes_in_kernels_are_exact(model: torch.nn.Module) -> None:
+    exact = fxpass.optimize(model, "exact", target="native", verify=False)
+    for structure in probes(exact):
+        found, expected = (exact.frontend.evaluate(each, structure) for each in (exact, model))
+        assert abs(found.energy - expected.energy) < 1e-10 * max(len(structure), 1)
+        np.testing.assert_allclose(found.forces, expected.forces, rtol=0, atol=1e-9)
+        if expected.stress is not None:
+            np.testing.assert_allclose(found.stress, expected.stress, rtol=0, atol=1e-10)
+
+
+def test_two_threads_give_the_bits_of_one(fused: fxpass.Optimized) -> None:
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append([fused.frontend.evaluate(fused, s).forces for s in probes(fused)])
+    finally:
+        torch.set_num_threads(before)
+    assert all((a == b).all() for a, b in zip(*results, strict=True))
+
+
+def test_calls_that_record_autograd_have_derivatives(model: torch.nn.Module) -> None:
+    exact = fxpass.optimize(model, "exact", target="native", verify=False)
+    numbers = tuple(exact.facts["numbers"])
+    found = []
+    for each in (exact, model):
+        data = collate(probes(exact)[1:2], numbers, exact.facts["cutoff"], torch.float64)
+        data["positions"].requires_grad_()
+        forces = each(data, training=True)["forces"]
+        found.append(torch.autograd.grad(forces.square().sum(), data["positions"])[0])
+    assert found[1].abs().max() > 1e-3
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+
+
+def test_no_compiler(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "find_compiler", lambda: None)
+    plain = fxpass.optimize(model, "exact", target="native", verify=False)
+    assert plain.kernels == {} and {row.kernel for row in plain.manifest} == {""}
+    assert any("no C++ compiler" in warning for warning in plain.report.warnings)
+    structure = probes(plain)[0]
+    found, expected = (plain.frontend.evaluate(each, structure) for each in (plain, model))
+    np.testing.assert_allclose(found.forces, expected.forces, rtol=0, atol=1e-9)
+
+
+def test_saved_and_loaded(fused: fxpass.Optimized, tmp_path: Path) -> None:
+    fused.save(tmp_path / "native.fxp")
+    again = fxpass.load(tmp_path / "native.fxp")
+    assert again.report.target == "native" and again.manifest == fused.manifest
+    for structure in probes(fused):
+        ours, theirs = (fused.frontend.evaluate(each, structure) for each in (fused, again))
+        assert ours.energy == theirs.energy and (ours.forces == theirs.forces).all()
+
+
+def test_no_size_builds_a_kernel(fused: fxpass.Optimized, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*args: object) -> None:
+        raise AssertionError("a kernel was built for a size")
+
+    monkeypatch.setattr(native, "build", build)
+    for structure in probes(fused):
+        assert np.isfinite(fused.frontend.evaluate(fused, structure).forces).all()
+
+
+def test_kernels_are_kept(model: torch.nn.Module, fused: fxpass.Optimized, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxpass.kernels import build as room
+
+    def compiled(*args: object) -> None:
+        raise AssertionError("a kernel was compiled that the cache holds")
+
+    assert find_compiler() is not None
+    monkeypatch.setattr(room, "_compile", compiled)
+    fxpass.optimize(model, target="native", verify=False)
