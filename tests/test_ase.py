@@ -112,6 +112,35 @@ def test_its_calculator_follows_the_atoms(double: Pair) -> None:
     assert abs(structure.get_potential_energy() - first) > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["crystal", "cluster", "slab"])
+def test_a_skin_changes_no_bit(kind: str) -> None:
+    """Strong motion, wrapped atoms, a cell that breathes, an atom more: as with a list made anew each time."""
+    both = pair("exact,preserve-sparsity", layers=1)
+    calculators = [both.optimised.calculator(skin=skin) for skin in (0.0, 0.7)]
+    start, rng = atoms(kind), np.random.default_rng(3)
+    moving, velocity = start.copy(), rng.normal(scale=0.03, size=start.positions.shape)
+    for step in range(24):
+        moving.positions += velocity
+        if step == 10:
+            moving.wrap()
+        if step == 15 and kind != "cluster":
+            moving.set_cell(moving.cell.array * 1.02, scale_atoms=True)
+        if step == 18:
+            moving += moving[:1]
+            moving.positions[-1] += [0.9, 0.9, 0.9]
+            velocity = rng.normal(scale=0.03, size=moving.positions.shape)
+        found, expected = (results(calculator, moving.copy()) for calculator in calculators)
+        assert set(found) == set(expected) == {"energy", "free_energy", "forces", *["stress"] * (kind == "crystal")}
+        assert all(np.array_equal(found[name], value) for name, value in expected.items())
+    fresh, skinned = (calculator.neighbours.made for calculator in calculators)
+    assert fresh == 24 and 1 < skinned < 16
+
+
+def test_a_skin_is_a_length(double: Pair) -> None:
+    with pytest.raises(fxpass.UsageError, match="skin of -1"):
+        double.optimised.calculator(skin=-1)
+
+
 def test_its_stress_is_the_derivative_of_its_energy(double: Pair) -> None:
     from ase.stress import voigt_6_to_full_3x3_stress
 

@@ -29,12 +29,12 @@ from ..structures import Structure, neighbour_list
 from . import options
 from .answer import Answer
 from .doctor import cores
-from .measure import Peaks, by_turns, crystal, ms, peak_memory, processor, threads
+from .measure import Call, Peaks, by_turns, crystal, ms, peak_memory, processor, threads
 from .options import Commands
 
 EXAMPLES = """
 fxpass bench example:small --atoms 256 --threads 1
-fxpass bench example:small --atoms 32 --threads 1 --each-pass --memory --roofline
+fxpass bench example:small --atoms 4 32 -p fold-constants,dead-irreps --no-verify --memory --roofline --each-pass
 """
 
 ORIGINAL = "original"
@@ -257,7 +257,7 @@ def _table(timings: Sequence[Timing], repeat: int) -> Table:
 
 def _steps_table(steps: Sequence[Step]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", title_style="")
-    table.title = "the program after every pass that changed it: gains over the pass before"
+    table.title = "after every pass that changed the program"
     for heading in ("pass", "bound", "expected gain", "measured", "measured gain"):
         table.add_column(heading, header_style="bright_black", justify="left" if heading == "pass" else "right")
     for before, step in zip([steps[0], *steps], steps, strict=False):
@@ -282,7 +282,7 @@ def _time(
     facts = frontend.attributes(model)
     edges, _ = neighbour_list(structure, facts["cutoff"])
     computes = "energy and forces" if frontend.evaluate(model, structure).stress is None else "energy, forces, stress"
-    calls: dict[Any, Callable[[], object]] = {ORIGINAL: _call(model, frontend, structure)}
+    calls: dict[tuple[str, str], Call] = {(ORIGINAL, ""): _call(model, frontend, structure)}
     calls |= {key: _call(result, frontend, structure) for key, result in results.items()}
     memory = {key: peak_memory(call) for key, call in calls.items()} if arguments.memory else {}
     taken = by_turns(calls, arguments.repeat)
@@ -294,11 +294,11 @@ def _time(
             sizes["atoms"],
             sizes["edges"],
             computes,
-            taken[ORIGINAL],
+            taken[ORIGINAL, ""],
             taken[key],
             *key,
             torch.get_num_threads(),
-            (memory[ORIGINAL], memory[key]) if memory else None,
+            (memory[ORIGINAL, ""], memory[key]) if memory else None,
             None if peaks is None else peaks.bound(_cost(result).at(**sizes)),
         )
         for key, result in results.items()
@@ -310,7 +310,7 @@ def _cost(result: Optimized) -> Cost:
     return program_cost(legal(result.program, result.target, default_registry()).program)
 
 
-def _call(module: nn.Module, frontend: Frontend, structure: Structure) -> Callable[[], object]:
+def _call(module: nn.Module, frontend: Frontend, structure: Structure) -> Call:
     """The call that the family makes of ``module`` to evaluate ``structure``, without what it does around it."""
     seen: list[tuple[Any, Any]] = []
     hook = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
@@ -340,14 +340,15 @@ class _Programs:
 def _steps(programs: _Programs, result: Optimized, structure: Structure, repeat: int) -> list[Step]:
     """Every program lowered to the target of ``result``, and timed by turns."""
     registry = default_registry()
-    calls, costs = [], []
+    calls: list[Call] = []
+    costs: list[Cost] = []
     for _, kept in programs.kept:
         program = run(kept, resolve("differentiate", registry), check=lambda _: None).program
         fit = legal(program, result.target, registry).program
         costs.append(program_cost(fit))
         interface = lower(fit, result.target, result.frontend, result.facts)
         calls.append(_call(interface, result.frontend, structure))
-    taken = by_turns({str(k): call for k, call in enumerate(calls)}, repeat)
+    taken = by_turns(dict(enumerate(calls)), repeat)
     peaks = Peaks.measure(getattr(torch, result.facts["dtype"]))
     edges, _ = neighbour_list(structure, result.facts["cutoff"])
     sizes = {"atoms": len(structure), "edges": edges.shape[1], "graphs": 1}

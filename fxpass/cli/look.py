@@ -37,6 +37,7 @@ INSPECT = """
 fxpass inspect example:small
 fxpass inspect example:small --at atoms=108,edges=4600
 fxpass inspect example:small --graph
+fxpass inspect example:small --kernels
 fxpass inspect example:small --sensitivity -p 'pin-precision{compute=float16}'
 """
 
@@ -63,7 +64,17 @@ def add_to(commands: Commands) -> None:
         "--sensitivity", action="store_true", help="rank regions by what low precision there does to forces"
     )
     parser.add_argument(
-        "-p", "--passes", metavar="PIPELINE", help="with --sensitivity: a pass that ranks (default: pin-precision)"
+        "--kernels",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="what runs each semantic op on the target native; with NAME, the C++ source of that kernel",
+    )
+    parser.add_argument(
+        "-p",
+        "--passes",
+        metavar="PIPELINE",
+        help="with --sensitivity: a pass that ranks (default: pin-precision); with --kernels: the passes before",
     )
 
     parser = commands.add(
@@ -90,6 +101,8 @@ def add_to(commands: Commands) -> None:
 def inspect(arguments: argparse.Namespace) -> Answer:
     if arguments.sensitivity:
         return _sensitivity(arguments)
+    if arguments.kernels is not None:
+        return _kernels(arguments)
     if arguments.passes or arguments.calibration:
         raise UsageError("--passes and --calibration are for --sensitivity", hint="fxpass inspect MODEL --sensitivity")
     word, given = arguments.model, _sizes(arguments.at)
@@ -152,6 +165,31 @@ def _sensitivity(arguments: argparse.Namespace) -> Answer:
     )
     pipeline = format_passes(chosen[: place + 1])
     return Answer({"model": arguments.model, "pipeline": pipeline, "sensitivity": data}, (Text(pipeline), table, note))
+
+
+def _kernels(arguments: argparse.Namespace) -> Answer:
+    """What runs the semantic ops of a model on the target native, or the source of one kernel."""
+    word = arguments.model
+    if is_package(Path(word)):
+        result = api.load(word)
+    else:
+        with options.progress(stages=4) as bar:
+            model, passes = options.find_model(word), arguments.passes or "default"
+            result = api.optimize(model, passes, target="native", verify=False, progress=bar.stage)
+    if arguments.kernels:
+        name, known = arguments.kernels, result.kernels
+        if name not in known:
+            what = f"there is no kernel {name!r}{did_you_mean(name, known)}"
+            raise UsageError(what, hint="fxpass inspect MODEL --kernels lists them")
+        return Answer({"model": word, "kernel": name, "source": known[name]}, (known[name],))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("op", "node", "kernel"):
+        table.add_column(heading)
+    rows = dict.fromkeys(result.manifest)  # what two lowered programs have in common once
+    for row in rows:
+        table.add_row(row.op, row.node, row.kernel or f"none: {row.reason}")
+    note = Text("Sources: --kernels NAME. Ops that are not listed run as ATen.")
+    return Answer({"model": word, "manifest": [asdict(row) for row in rows]}, (table, note))
 
 
 def _facts(family: str, facts: Mapping[str, Any]) -> Text:

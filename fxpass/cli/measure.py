@@ -7,11 +7,12 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +22,13 @@ from ..ir.cost import Amount
 from ..structures import FCC, Structure
 
 Call = Callable[[], object]
+K = TypeVar("K", bound=Hashable)
 
 WARM_UP = 2  # calls that are not timed
 FEWEST = 3  # calls that are timed, however long they take
 
 
-def by_turns(calls: Mapping[str, Call], repeat: int, seconds: float = math.inf) -> dict[str, tuple[float, ...]]:
+def by_turns(calls: Mapping[K, Call], repeat: int, seconds: float = math.inf) -> dict[K, tuple[float, ...]]:
     """Seconds of every call of each, in the order of the calls.
 
     They take turns, so that a machine that gets slower or faster meanwhile is fair to all.
@@ -39,7 +41,7 @@ def by_turns(calls: Mapping[str, Call], repeat: int, seconds: float = math.inf) 
     for _ in range(WARM_UP):
         for call in calls.values():
             call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[K, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for done in range(repeat):
         if done >= FEWEST and time.perf_counter() - begin > seconds:

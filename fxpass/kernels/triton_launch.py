@@ -91,8 +91,9 @@ def bind(printed: TritonConvolution) -> Callable[..., Any]:
         receiver: Tensor,
         order: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        slots = zip((x, y, radial), needs, strict=True)
-        made = [torch.zeros_like(t) if needed else x.new_empty(0) for t, needed in slots]
+        makers = (torch.empty_like, torch.empty_like, torch.zeros_like)  # zeros: a weight may belong to no path
+        slots = zip(makers, (x, y, radial), needs, strict=True)
+        made = [make(t) if needed else x.new_empty(0) for make, t, needed in slots]
         atoms = x.shape[0]
         if atoms:
             operands = (x, y, g, radial, species, coefficients, receiver, order, *made, atoms)

@@ -1,0 +1,181 @@
+"""What benchmarks measure: turns, memory, peaks; ``fxpass bench``; ``benchmarks/speed.py`` on a small model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fxpass._torch_compat import aot_compile
+from fxpass.cli import main
+from fxpass.cli.measure import Peaks, by_turns, crystal, peak_memory, threads
+from fxpass.ir.cost import Amount
+from fxpass.structures import neighbour_list
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+# --- measurements
+
+
+def test_calls_take_turns() -> None:
+    seen: list[str] = []
+    taken = by_turns({name: lambda n=name: seen.append(n) for name in "ab"}, 4)
+    assert seen == ["a", "a", "b", "b", *"abababab"]
+    assert {name: len(values) for name, values in taken.items()} == {"a": 4, "b": 4}
+    assert all(value >= 0 for values in taken.values() for value in values)
+
+
+def test_time_limits_rounds_but_not_below_three() -> None:
+    assert len(by_turns({"a": lambda: None}, 10, seconds=0.0)["a"]) == 3
+    assert len(by_turns({"a": lambda: None}, 2, seconds=0.0)["a"]) == 2
+
+
+def test_peak_memory_is_the_largest_sum_of_what_is_alive() -> None:
+    def call() -> torch.Tensor:
+        a = torch.ones(250_000)  # 1 MB
+        b = a + 1
+        del a
+        c = torch.ones(500_000)  # 2 MB
+        return b.sum() + c.sum()
+
+    kept = torch.ones(1_000_000)
+    assert 3e6 <= peak_memory(call) < 3.001e6
+    assert 4e6 <= peak_memory(lambda: kept + 1) < 4.001e6  # what was there before does not count
+    assert peak_memory(lambda: None) == 0
+
+
+def test_a_bound_is_the_slower_of_two() -> None:
+    peaks = Peaks(flops=10.0, bandwidth=4.0, dtype="float32")
+    assert peaks.bound(Amount(flops=100.0, bytes=8.0)) == 10.0
+    assert peaks.bound(Amount(flops=10.0, bytes=80.0)) == 20.0
+
+
+def test_peaks_are_of_a_computer() -> None:
+    peaks = Peaks.measure(torch.float64, side=128, mebibytes=1)
+    assert 1e8 < peaks.flops < 1e14 and 1e8 < peaks.bandwidth < 1e13
+    assert peaks.dtype == "float64"
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        _ = 1 / 0
+    assert torch.get_num_threads() == before
+
+
+def test_one_atom_has_all_neighbours_of_fcc() -> None:
+    structure = crystal(1, [29], 5.0, nearest=2.6)
+    structure.check()
+    edges, _ = neighbour_list(structure, 5.0)
+    assert len(structure) == 1 and edges.shape[1] == 12 + 6 + 24  # the next shell is at 5.2 Angstrom
+
+
+@pytest.mark.slow
+def test_aot_compile_keeps_sizes_dynamic() -> None:
+    class Sums(torch.nn.Module):
+        def forward(self, x: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.zeros(5).index_add(0, index, x.sin().sum(1))]
+
+    examples = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    compiled = aot_compile(Sums(), examples, [{0: "edges"}, {0: "edges"}])
+    x, index = torch.rand(9, 3), torch.arange(9) % 5
+    assert torch.allclose(compiled(x, index)[0], Sums()(x, index)[0])
+
+
+# --- fxpass bench
+
+
+def test_several_results_sizes_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--presets", "fold-constants,dead-irreps", "--atoms", "1", "4", "--threads", "1", "2", "--repeat", "3"]
+    flags = ["--no-verify", "--memory", "--roofline", "--each-pass"]
+    assert main(["bench", "example:small", "-p", "dead-code", *words, *flags, "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    rows = [(row["atoms"], row["threads"], row["passes"], row["target"]) for row in done["timings"]]
+    passes = ("dead-code", "fold-constants,dead-irreps")
+    assert rows == [(atoms, count, p, "eager") for atoms in (1, 4) for count in (1, 2) for p in passes]
+    for row in done["timings"]:
+        assert row["memory"]["original"] > row["memory"]["optimised"] > 0
+        assert 0 < row["bound"] < 1
+        assert row["ratio"] == pytest.approx(row["seconds"]["original"]["median"] / row["seconds"]["optimised"]["median"])
+    assert done["each_pass"][0]["pass"] == "captured"
+    assert all(step["expected"] > 0 and step["median"] > 0 for step in done["each_pass"])
+
+
+def test_expected_gain_of_a_pass_is_that_of_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--atoms", "4", "--threads", "1", "--repeat", "1", "--no-verify", "--each-pass"]
+    assert main(["bench", "example:small", "-p", "fold-constants,dead-irreps", *words, "--json"]) == 0
+    steps = {step["pass"]: step["expected"] for step in json.loads(capsys.readouterr().out)["each_pass"]}
+    assert steps["dead-irreps"] < 0.95 * steps["fold-constants"]
+    assert main(["bench", "example:small", "-p", "fold-constants,dead-irreps", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "expected gain" in shown and "dead-irreps" in shown
+
+
+# --- benchmarks/speed.py
+
+
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for name in ("models", "speed"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("speed")
+
+
+@pytest.mark.mace
+def test_the_benchmark_measures_what_it_says(
+    speed: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mace_models import build
+
+    torch.save(build(layers=1, l_max=1, dtype=torch.float32), tmp_path / "tiny.model")
+    out, picture = tmp_path / "rows.json", tmp_path / "plot.svg"
+    words = ["--models", str(tmp_path / "tiny.model"), "--presets", "fold-constants", "--targets", "eager", "gone"]
+    words += ["--atoms", "1", "4", "--threads", "1", "--repeat", "3", "--json", str(out), "--plot", str(picture)]
+    assert speed.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "fxpass fold-constants, gone: " in shown and "there is no target 'gone'" in shown.replace("\n", " ")
+    data = json.loads(out.read_text())
+    rows: list[dict[str, Any]] = [row for row in data["rows"] if not row["note"]]
+    names = ("eager model", "fxpass fold-constants, eager")
+    assert [(row["candidate"], row["atoms"]) for row in rows] == [(name, n) for n in (1, 4) for name in names]
+    for original, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert original["ratio"] == 1.0
+        assert ours["ratio"] == pytest.approx(original["median"] / ours["median"])
+        assert min(original["memory"], ours["memory"], ours["flops"], ours["bytes"]) > 0
+        assert ours["step"] > ours["fastest"] and original["step"] > original["fastest"]
+        assert ours["compile"] > 0 and 0 < ours["bound"] < 1
+        assert max(ours["energy_error"], original["force_error"], ours["force_error"]) < 1e-4
+    assert rows[2]["force_error"] > 0  # in float32, against float64
+    assert picture.read_text().startswith("<svg")
+
+
+@pytest.mark.mace
+def test_the_random_models_are_of_the_sizes_they_are_named_for(speed: ModuleType) -> None:
+    models = importlib.import_module("models")
+    small = models.Size("4x0e+4x1o", l_max=1, correlation=2)
+    model: Any = models.build(small, torch.float64)
+    assert next(model.parameters()).dtype == torch.float64 and torch.get_default_dtype() == torch.float32
+    data = speed.batch(model, speed.crystal(108, models.NUMBERS, models.CUTOFF, models.NEAREST))
+    assert 4500 < data["edge_index"].shape[1] < 4700
+    forces = model(data)["forces"]
+    assert 0.01 < float(forces.abs().max()) < 100
+    assert np.allclose(forces.detach().sum(0), 0, atol=1e-9)
+
+
+@pytest.mark.mace
+def test_an_unknown_compiler_is_refused(speed: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        speed.parse(["--compilers", "gcc"])
+    assert "there is no compiler 'gcc'" in capsys.readouterr().err
+    assert speed.parse(["--compilers", "all"]).chosen_compilers == speed.COMPILERS
