@@ -17,6 +17,8 @@ from fxpass.errors import KernelError
 from fxpass.kernels import build as room
 from fxpass.kernels.build import Compiler, build, find_compiler, try_compiler
 
+pytestmark = pytest.mark.once
+
 GXX = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(GXX is None, reason="no C++ compiler on PATH")
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="a shell script stands in for a compiler")

@@ -19,6 +19,8 @@ from fxpass.ir import reference
 from fxpass.kernels.build import build, find_compiler
 from fxpass.kernels.linear import BoundKernel, LinearKernel, ScalarProductKernel
 
+pytestmark = pytest.mark.once
+
 ROWS = (0, 1, 2, 7, 108)
 #: largest error relative to the largest element
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6}

@@ -20,6 +20,8 @@ from fxpass.kernels.build import build, find_compiler
 from fxpass.kernels.contraction import DTYPES, ContractionKernel
 from fxpass.kernels.polynomial import PolynomialKernel
 
+pytestmark = pytest.mark.once
+
 TOLERANCE = {"float32": 2e-6, "float64": 1e-12}  # of the largest number
 SPECIES, ATOMS = 3, 7
 CHANNELS = (1, 5, 8, 24, 32, 128)

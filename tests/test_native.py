@@ -14,6 +14,8 @@ from fxpass.models import collate, small_potential
 from fxpass.structures import Structure, probe_structures
 from fxpass.targets import native
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:

@@ -34,7 +34,7 @@ from .options import Commands
 
 EXAMPLES = """
 fxpass bench example:small --atoms 256 --threads 1
-fxpass bench example:small --atoms 4 32 -p fold-constants,dead-irreps --no-verify --memory --roofline --each-pass
+fxpass bench example:small --atoms 4 32 -p dead-irreps --no-verify --memory --roofline
 """
 
 ORIGINAL = "original"
@@ -214,9 +214,9 @@ def bench(arguments: argparse.Namespace) -> Answer:
         f"{machine['processor']}, {machine['cores']} cores, {', '.join(str(n) for n in _threads(timings))} threads, "
         f"torch {machine['torch']}, {data['dtype']}"
     )
-    shown: list[Any] = [on, _table(timings, arguments.repeat)]
+    shown: list[Any] = [on, timing_table(timings, arguments.repeat)]
     if steps:
-        shown.append(_steps_table(steps))
+        shown.append(steps_table(steps))
     for (passes, target), result in results.items():
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.report.timings)
         shown.append(f"once, {passes} to {target}: {stages}")
@@ -227,7 +227,8 @@ def _threads(timings: Sequence[Timing]) -> list[int]:
     return list(dict.fromkeys(timing.threads for timing in timings))
 
 
-def _table(timings: Sequence[Timing], repeat: int) -> Table:
+def timing_table(timings: Sequence[Timing], repeat: int) -> Table:
+    """One line for each timing; columns that nobody asked for are left out."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", title_style="")
     table.title = f"{timings[0].computes}, medians of {repeat} calls"
     columns: list[tuple[str, Callable[[Timing], str]]] = [
@@ -255,7 +256,8 @@ def _table(timings: Sequence[Timing], repeat: int) -> Table:
     return table
 
 
-def _steps_table(steps: Sequence[Step]) -> Table:
+def steps_table(steps: Sequence[Step]) -> Table:
+    """One line for each program, with its gain over the one before."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", title_style="")
     table.title = "after every pass that changed the program"
     for heading in ("pass", "bound", "expected gain", "measured", "measured gain"):

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from .._torch_compat import size_expr
 from ..algebra.contraction import Contraction, parse_contraction
-from .reference import _columns, _polynomial_gradient, _rows, monomials, rounding_once
+from .reference import as_columns, as_rows, monomials, polynomial_gradient, rounding_once
 from .semantic import SemanticOp, define, moved, owned
 
 define("contraction(Tensor x, Tensor index, Tensor terms, str spec) -> Tensor")
@@ -35,13 +35,13 @@ class _Rows:
     def __init__(self, x: Tensor, directions: list[Tensor], spec: str) -> None:
         self.channels = x.shape[1]
         self.contraction = parse_contraction(spec)
-        self.values = monomials(self.contraction.polynomial, _columns(x), [_columns(d) for d in directions])
+        self.values = monomials(self.contraction.polynomial, as_columns(x), [as_columns(d) for d in directions])
 
     def out(self, coefficients: Tensor) -> Tensor:
         """[rows, channels, outputs]: the value, for coefficients [rows, terms, channels]."""
         products = self._of_terms() * _by_term(coefficients)
         to = [k for _, k in self.contraction.terms]
-        return _rows(_summed(products, to, self.contraction.outputs), self.channels)
+        return as_rows(_summed(products, to, self.contraction.outputs), self.channels)
 
     def terms(self, g: Tensor) -> Tensor:
         """[rows, terms, channels]: gradient of sum(g * value) by the coefficients."""
@@ -53,14 +53,14 @@ class _Rows:
         poly = self.contraction.polynomial
         of_terms = _by_term(coefficients) * self._of_outputs(g)
         of_monomials = _summed(of_terms, self.contraction.rows, len(poly.monomials))
-        return _rows(_polynomial_gradient(poly, of_monomials, self.values), self.channels)
+        return as_rows(polynomial_gradient(poly, of_monomials, self.values), self.channels)
 
     def _of_terms(self) -> Tensor:
         columns = [self.contraction.polynomial.columns[n] for n in self.contraction.rows]
         return self.values.index_select(0, _indices(columns, self.values))
 
     def _of_outputs(self, g: Tensor) -> Tensor:
-        return _columns(g).index_select(0, _indices([k for _, k in self.contraction.terms], g))
+        return as_columns(g).index_select(0, _indices([k for _, k in self.contraction.terms], g))
 
 
 def _by_term(coefficients: Tensor) -> Tensor:

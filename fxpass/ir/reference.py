@@ -350,30 +350,30 @@ def polynomial(
     poly = parse_polynomial(spec)
     channels, (count, paths, outputs) = x.shape[1], coefficients.shape
     # columns are rows x channels: every gather and product below runs over contiguous memory
-    values = monomials(poly, _columns(x), [_columns(d) for d in directions])
+    values = monomials(poly, as_columns(x), [as_columns(d) for d in directions])
     w = None if weight is None else weight.transpose(0, 1).contiguous().view(paths, 1, -1)
     if wrt == "direction":
         assert out is not None
-        seed = _columns(out)
+        seed = as_columns(out)
         if w is not None:  # outer product of weight and out first: paths x outputs are fewer than monomials
             seed = (w * seed.unsqueeze(0)).view(paths * outputs, -1)
         g = product(coefficients.view(count, -1), seed)
-        return _rows(_polynomial_gradient(poly, g, values), channels)
+        return as_rows(polynomial_gradient(poly, g, values), channels)
     if poly.columns != tuple(range(len(poly.order))):
         values = values.index_select(0, torch.tensor(poly.columns, device=x.device))
     basis = product(coefficients.view(count, -1).t(), values).view(paths, outputs, -1)
     if wrt == "weight":
         assert out is not None
-        return (basis * _columns(out).unsqueeze(0)).sum(1).view(paths, -1, channels).transpose(0, 1).contiguous()
-    return _rows((basis.squeeze(0) if w is None else (basis * w).sum(0)), channels)
+        return (basis * as_columns(out).unsqueeze(0)).sum(1).view(paths, -1, channels).transpose(0, 1).contiguous()
+    return as_rows((basis.squeeze(0) if w is None else (basis * w).sum(0)), channels)
 
 
-def _columns(x: Tensor) -> Tensor:
+def as_columns(x: Tensor) -> Tensor:
     """[rows, channels, n] -> [n, rows * channels]."""
     return x.permute(2, 0, 1).contiguous().view(x.shape[2], -1)
 
 
-def _rows(x: Tensor, channels: int) -> Tensor:
+def as_rows(x: Tensor, channels: int) -> Tensor:
     """[n, rows * channels] -> [rows, channels, n]."""
     return x.view(x.shape[0], -1, channels).permute(1, 2, 0).contiguous()
 
@@ -412,7 +412,7 @@ def monomials(poly: Polynomial, x: Tensor, directions: Sequence[Tensor]) -> Tens
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def _polynomial_gradient(poly: Polynomial, g: Tensor, values: Tensor) -> Tensor:
+def polynomial_gradient(poly: Polynomial, g: Tensor, values: Tensor) -> Tensor:
     """d/dx_i of sum_m g_m monomial_m, gathered per variable; rows are padded with a zero factor."""
     longest = max(map(len, poly.gradient), default=0)
     if longest == 0:  # a constant

@@ -120,7 +120,7 @@ class ConvolutionKernel:
 
     # --- what an edge does
 
-    def _paths(self) -> dict[int, list[Path]]:
+    def paths(self) -> dict[int, list[Path]]:
         """Paths by number of channels."""
         groups: dict[int, list[Path]] = {}
         for path in self.product.paths:
@@ -170,7 +170,7 @@ class ConvolutionKernel:
     def _groups(self, build: Callable[[Lanes, Path], None]) -> list[str]:
         """Loops over the lanes of every group of paths; what all lanes share is computed in front of them."""
         lines = []
-        for channels, paths in self._paths().items():
+        for channels, paths in self.paths().items():
             lanes = Lanes()
             for path in paths:
                 build(lanes, path)
@@ -180,13 +180,15 @@ class ConvolutionKernel:
             lines += [f"  {line}" for line in inside] + ["}", "}"]
         return lines
 
-    def _add_forward(self, lanes: Lanes, path: Path) -> None:
+    def add_forward(self, lanes: Lanes, path: Path) -> None:
+        """What one path adds to its receiver."""
         matrix, (weight, _) = self._matrix(lanes, path), self._weight(lanes, path, slope=False)
         for k in sorted({k for _, k in matrix}):
             row = lanes.dot((m, lanes.load(f"x{path.i1}", i)) for (i, kk), m in matrix.items() if kk == k)
             lanes.accumulate(f"go{path.io}", k, lanes.mul(weight, row))
 
-    def _add_gradient(self, lanes: Lanes, path: Path) -> None:
+    def add_gradient(self, lanes: Lanes, path: Path) -> None:
+        """What one path adds to the gradients of its sender and of its edge."""
         by_x, by_y, by_radial = self.needs
         coupling, (at, _, _, _) = self._coupling(path), segments(self.product.irreps2)[path.i2]
         weight, rise = self._weight(lanes, path, slope=by_radial)
@@ -247,7 +249,7 @@ class ConvolutionKernel:
             "const int64_t e = order[size + 1 + a];",
             "const T* __restrict__ xe = xt + sender[e] * XS;",
             *self._edge(),
-            *self._groups(self._add_forward),
+            *self._groups(self.add_forward),
             "}",
             "from_O(go, out + n * NO);",
             "}",
@@ -307,7 +309,7 @@ class ConvolutionKernel:
             "const T* __restrict__ oe = gt + receiver[e] * OS;",
             *self._edge(),
             *clear,
-            *self._groups(self._add_gradient),
+            *self._groups(self.add_gradient),
             *write,
             "}",
             *(["from_X(gx, to_x + n * NX);"] if by_x else []),

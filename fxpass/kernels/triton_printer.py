@@ -160,10 +160,10 @@ class TritonConvolution:
     def _programs(self) -> Iterator[tuple[Lane, Lanes]]:
         """What an edge does: for each number of channels one program for all paths that have it."""
         kernel = self.kernel
-        for channels, paths in kernel._paths().items():
+        for channels, paths in kernel.paths().items():
             lanes = Lanes()
             for path in paths:
-                (kernel._add_gradient if kernel.gradient else kernel._add_forward)(lanes, path)
+                (kernel.add_gradient if kernel.gradient else kernel.add_forward)(lanes, path)
             yield Lane(channels), lanes
 
     def _rows(self, letter: str, irreps: str) -> Iterator[tuple[str, Lane, int, int]]:

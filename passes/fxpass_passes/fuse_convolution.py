@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from fxpass.algebra.multilinear import parse_tensor_product
 from fxpass.ir import ops
-from fxpass.ir.convolution import convolution, convolution_gradient, fusible, rows_by
+from fxpass.ir.convolution import convolution, convolution_gradient, rows_by
 from fxpass.ir.metadata import provenance, set_provenance
 from fxpass.ir.program import Program
 from fxpass.passes import Application, Exactness, Outcome, Pass, Refusal
-from fxpass.rewrite import arguments, erase_unused
+from fxpass.rewrite import erase_unused
+
+from .edge_products import Edges, Gradient, Refused, edges_of, gradient_of, rows_of, sums_of
 
 aten = torch.ops.aten
-KERNEL_TYPES = (torch.float32, torch.float64)
-GRADIENTS = ("x1", "x2", "weight")  # slots of a tensor product, in the order of the gradients
 
 
 @dataclass(frozen=True)
@@ -60,32 +58,6 @@ class FuseConvolution(Pass):
         return Outcome(program, bool(fusion.applications), tuple(fusion.applications), tuple(fusion.refusals))
 
 
-class _Edges(NamedTuple):
-    """The operands that a tensor product over edges and its gradients share.
-
-    ``table`` has the arguments of the table of which the weights are values, less the derivative.
-    """
-
-    x: fx.Node
-    sender: fx.Node
-    y: fx.Node
-    weight: fx.Node | None
-    spec: str
-    table: tuple[Any, ...] | None
-
-
-#: operands of a product, gradient of its sum [atoms, columns], index that it is gathered by
-_Gradient = tuple[_Edges, fx.Node, fx.Node]
-
-
-class _Refused(Exception):
-    """Why a tensor product stays, and the nodes to blame."""
-
-    def __init__(self, reason: str, *nodes: fx.Node) -> None:
-        super().__init__(reason)
-        self.nodes = nodes
-
-
 class _Fusion:
     def __init__(self, program: Program, name: str) -> None:
         self.graph, self.name = program.graph, name
@@ -95,16 +67,16 @@ class _Fusion:
 
     def run(self) -> None:
         products = [n for n in self.graph.find_nodes(op="call_function", target=ops.tensor_product) if n.users]
-        forward = {n: self.attempt(n, _edges) for n in products if n.args[5] == "out"}
+        forward = {n: self.attempt(n, edges_of) for n in products if n.args[5] == "out"}
         known = list(dict.fromkeys(edges for edges in forward.values() if edges))
-        gradients: dict[_Gradient, list[tuple[int, fx.Node]]] = {}
+        gradients: dict[Gradient, list[tuple[int, fx.Node]]] = {}
         # one with respect to x1 does not say which x1: it joins the others, which do
         for node in sorted(products, key=lambda n: n.args[5] == "x1"):
-            found = self.attempt(node, _gradient, known, gradients) if node not in forward else None
+            found = self.attempt(node, gradient_of, known, gradients) if node not in forward else None
             if found and found[1][1].users:
                 gradients.setdefault(found[0], []).append(found[1])
         for node, edges in forward.items():
-            if edges and (sums := self.attempt(node, _sums)):
+            if edges and (sums := self.attempt(node, sums_of)):
                 self.fuse(edges, sums)
         for (edges, g, receiver), parts in gradients.items():
             self.attempt(parts[0][1], self.fuse_gradients, edges, g, receiver, parts)
@@ -112,12 +84,12 @@ class _Fusion:
     def attempt(self, node: fx.Node, function: Any, *args: Any) -> Any:
         try:
             return function(node, *args)
-        except _Refused as refused:
+        except Refused as refused:
             names = dict.fromkeys(n.name for n in (node, *refused.nodes))
             self.refusals.append(Refusal("convolution", str(refused), tuple(names), provenance(node).module))
             return None
 
-    def fuse(self, edges: _Edges, sums: list[fx.Node]) -> None:
+    def fuse(self, edges: Edges, sums: list[fx.Node]) -> None:
         for node in sums:
             _, receiver, size = node.args
             order = self.rows(receiver, node.meta["val"].shape[0])  # type: ignore[arg-type]
@@ -128,7 +100,7 @@ class _Fusion:
             self.substitute("convolution", {node: new})
 
     def fuse_gradients(
-        self, first: fx.Node, edges: _Edges, g: fx.Node, receiver: fx.Node, parts: list[tuple[int, fx.Node]]
+        self, first: fx.Node, edges: Edges, g: fx.Node, receiver: fx.Node, parts: list[tuple[int, fx.Node]]
     ) -> None:
         order = self.rows(edges.sender, edges.x.meta["val"].shape[0])
         position = {node: k for k, node in enumerate(self.graph.nodes)}
@@ -136,8 +108,9 @@ class _Fusion:
         operands = (edges.x, edges.y, g, receiver, edges.sender, order, *(edges.table or [edges.weight]))
         late = max((n for n in operands if isinstance(n, fx.Node)), key=position.__getitem__)
         if position[late] >= position[user]:
-            erase_unused([order])
-            raise _Refused(f"{late.name}, which another gradient needs, is computed after {user.name}", late, user)
+            gone = erase_unused([order])
+            self.sorted = {key: node for key, node in self.sorted.items() if node not in gone}
+            raise Refused(f"{late.name}, which another gradient needs, is computed after {user.name}", late, user)
         with self.graph.inserting_before(user):
             radial, lookup, grid = self.radial(edges, first)
             needs = [any(slot == k for slot, _ in parts) for k in range(3)]
@@ -146,7 +119,7 @@ class _Fusion:
             items = {node: self.call(operator.getitem, (new, slot), node) for slot, node in parts}
         self.substitute("convolution-gradient", items)
 
-    def radial(self, edges: _Edges, like: fx.Node) -> tuple[Any, tuple[Any, Any], Any]:
+    def radial(self, edges: Edges, like: fx.Node) -> tuple[Any, tuple[Any, Any], Any]:
         """What weights are read from, (species, coefficients) and grid, as arguments of the ops."""
         if edges.table:
             radial, species, coefficients, grid = edges.table
@@ -169,7 +142,7 @@ class _Fusion:
         for node in self.graph.nodes:
             if isinstance(node.meta.get("val"), torch.SymInt) and str(node.meta["val"]) == str(size):
                 return node
-        tall = next(node for node in self.graph.nodes if _rows(node) == str(size))
+        tall = next(node for node in self.graph.nodes if rows_of(node) == str(size))
         with self.inserting_after(tall):
             node = self.call(aten.sym_size.int, (tall, 0), tall)
         node.meta["val"] = size
@@ -190,106 +163,3 @@ class _Fusion:
         removed = len(erase_unused(new))
         first = next(iter(new))
         self.applications.append(Application(rule, first.name, provenance(first).module, removed, added=1))
-
-
-def _edges(node: fx.Node) -> _Edges:
-    """The operands of a tensor product with respect to its result."""
-    _check(node)
-    args: Any = node.args
-    x1, x2, weight, _, spec, _ = args
-    if not _is_gather(x1):
-        what = f"its x2, {x2.name}, is gathered and its x1 is not" if _is_gather(x2) else "its x1 is not gathered"
-        raise _Refused(what, x1)
-    x, sender = x1.args
-    return _Edges(x, sender, x2, weight, spec, _table(weight))
-
-
-def _table(weight: Any) -> tuple[Any, ...] | None:
-    """The arguments of a table but for the derivative, where its argument is of the type that it gives."""
-    if not isinstance(weight, fx.Node) or weight.target is not ops.table or weight.args[4] != 0:
-        return None
-    return weight.args[:4] if _dtype(weight.all_input_nodes[0]) == _dtype(weight) else None
-
-
-def _sums(node: fx.Node) -> list[fx.Node]:
-    """The sums of a message, where nobody else reads it."""
-    for user in node.users:
-        if user.target is not ops.scatter_sum:
-            raise _Refused(f"its result is read by {user.name}, which is no sum over edges", user)
-    return list(node.users)
-
-
-def _gradient(node: fx.Node, known: list[_Edges], first: Container[_Gradient]) -> tuple[_Gradient, tuple[int, fx.Node]]:
-    """Which gradient a node is of which ``known`` product, those of ``first`` before others; slot, and what has it."""
-    _check(node)
-    out: Any = node.args[3]
-    if not _is_gather(out):
-        raise _Refused(f"the gradient of its result, {out.name}, is not gathered", out)
-    (g, receiver), wrt = out.args, node.args[5]
-    slot = GRADIENTS.index(str(wrt))
-    fits = [edges for edges in known if _belongs(node, edges)]
-    if not fits:
-        raise _Refused("there is no tensor product over edges with the same operands")
-    if slot == 0:
-        by_sender = _sums(node)
-        if len(by_sender) > 1:
-            raise _Refused("its result is summed more than once", *by_sender)
-        (total,) = by_sender
-        fits = [e for e in fits if total.args[1] is e.sender and _rows(total) == _rows(e.x)]
-        if not fits:
-            raise _Refused(f"{total.name} does not sum it by the index that x1 is gathered by", total)
-        return min(((e, g, receiver) for e in fits), key=lambda gradient: gradient not in first), (slot, total)
-    (edges, *_) = fits
-    return (edges, g, receiver), (slot, _by_radial(node, edges.table) if slot == 2 and edges.table else node)
-
-
-def _belongs(node: fx.Node, edges: _Edges) -> bool:
-    args: Any = node.args
-    x1, x2, weight, _, spec, wrt = args
-    gathered = x1.args if _is_gather(x1) else None
-    given = {"x1": gathered, "x2": x2, "weight": weight}
-    own = {"x1": (edges.x, edges.sender), "x2": edges.y, "weight": edges.weight}
-    return spec == edges.spec and all(given[name] == own[name] for name in own if name != wrt)
-
-
-def _by_radial(node: fx.Node, table: tuple[Any, ...]) -> fx.Node:
-    """The sum over weights of their gradient times the derivative of the table."""
-    (product, *others) = node.users
-    slopes = [n for n in product.all_input_nodes if n is not node]
-    if not others and product.target is aten.mul.Tensor and len(slopes) == 1:
-        (slope,), (total, *more) = slopes, product.users
-        derived = slope.target is ops.table and slope.args == (*table, 1)
-        wanted = {"dim": ([1], [-1]), "keepdim": (False,), "dtype": (None,)}
-        if derived and not more and total.target is aten.sum.dim_IntList:
-            given = arguments(total)
-            if all(given[name] in values for name, values in wanted.items()):
-                return total
-    raise _Refused(f"{product.name} does not multiply it by the derivative of its table to be summed", product)
-
-
-def _check(node: fx.Node) -> None:
-    """Whether a kernel takes a tensor product, and its operands.
-
-    Raises:
-        _Refused: the reason.
-    """
-    tp = parse_tensor_product(str(node.args[4]))
-    if reason := fusible(tp):
-        raise _Refused(reason)
-    types = sorted({str(_dtype(operand)).removeprefix("torch.") for operand in node.all_input_nodes})
-    if len(types) > 1 or _dtype(node) not in KERNEL_TYPES:
-        raise _Refused(f"kernels compute in float32 or float64 throughout, its operands are {', '.join(types)}")
-
-
-def _is_gather(value: Any) -> bool:
-    return isinstance(value, fx.Node) and value.target is ops.gather
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype
-
-
-def _rows(node: fx.Node) -> str | None:
-    """The number of rows of a tensor, as text."""
-    value = node.meta.get("val")
-    return str(value.shape[0]) if isinstance(value, torch.Tensor) and value.dim() else None
