@@ -138,8 +138,14 @@ def torch_compile(model: nn.Module) -> Candidate:
     """As MACE's calculator compiles: e3nn's code generation off, autograd inside the graph."""
     from mace.tools.compile import prepare
 
-    compiled = torch.compile(prepare(copy_model)(model), dynamic=True)
-    return Candidate(COMPILERS[1], lambda data: compiled(data, compute_stress=False, training=True))
+    prepared = prepare(copy_model)(model).requires_grad_(False)
+    compiled = torch.compile(prepared)
+
+    def run(data: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        leaves = {name: data[name].clone().requires_grad_(True) for name in ("positions", "node_attrs")}
+        return compiled({**data, **leaves}, compute_stress=False, training=True)
+
+    return Candidate(COMPILERS[1], run)
 
 
 def aot_inductor(model: nn.Module) -> Candidate:

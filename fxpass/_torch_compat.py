@@ -258,7 +258,7 @@ def aot_compile(
     names = dict.fromkeys(name for axes in dynamic for name in axes.values())
     sizes = {name: torch.export.Dim(name, min=2) for name in names}
     shapes = [{axis: sizes[name] for axis, name in axes.items()} for axes in dynamic]
-    exported = torch.export.export(module, tuple(examples), dynamic_shapes=(shapes,))
+    exported = torch.export.export(module, tuple(examples), dynamic_shapes=tuple(shapes))
     with tempfile.TemporaryDirectory() as folder:
         path = torch._inductor.aoti_compile_and_package(exported, package_path=f"{folder}/model.pt2")
         return cast(Callable[..., list[torch.Tensor]], torch._inductor.aoti_load_package(path))

@@ -15,7 +15,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from fxpass._torch_compat import aot_compile
 from fxpass.cli import bench, main
 from fxpass.cli.measure import Peaks, by_turns, crystal, peak_memory, threads
 from fxpass.ir.cost import Amount
@@ -79,18 +78,6 @@ def test_one_atom_has_all_neighbours_of_fcc() -> None:
     structure.check()
     edges, _ = neighbour_list(structure, 5.0)
     assert len(structure) == 1 and edges.shape[1] == 12 + 6 + 24  # the next shell is at 5.2 Angstrom
-
-
-@pytest.mark.slow
-def test_aot_compile_keeps_sizes_dynamic() -> None:
-    class Sums(torch.nn.Module):
-        def forward(self, x: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
-            return [torch.zeros(5).index_add(0, index, x.sin().sum(1))]
-
-    examples = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
-    compiled = aot_compile(Sums(), examples, [{0: "edges"}, {0: "edges"}])
-    x, index = torch.rand(9, 3), torch.arange(9) % 5
-    assert torch.allclose(compiled(x, index)[0], Sums()(x, index)[0])
 
 
 # --- fxpass bench

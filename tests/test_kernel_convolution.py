@@ -142,6 +142,19 @@ def test_a_distance_that_is_no_number_gives_none(tmp_path: File) -> None:
     assert out[receiver[2]].isnan().any() and out[1 - receiver[2]].isfinite().all()
 
 
+def test_an_edge_of_no_atom_is_refused(tmp_path: File) -> None:
+    tp, compiler = product_of(2, 2), find_compiler()
+    assert compiler is not None
+    kernels = [ConvolutionKernel(tp, None, "float64", needs) for needs in ((False,) * 3, (True,) * 3)]
+    libraries = build({k.name: k.source for k in kernels}, compiler, tmp_path)
+    forward, gradient = [k.bind(libraries[k.name]) for k in kernels]
+    x, y, g, radial, _, _, sender, receiver, size = inputs(tp, None, torch.float64, 6, 3, 1)
+    with pytest.raises(KernelError, match="names an atom"):
+        forward(x, y, radial, None, None, sender + 3, receiver, rows_by(receiver, size), size)
+    with pytest.raises(KernelError, match="names an atom"):
+        gradient(x, y, g, radial, None, None, sender, receiver - 5, rows_by(sender, 3))
+
+
 def test_names_follow_the_source() -> None:
     one, same = (ConvolutionKernel(product_of(4, 4), GRIDS["order 5"], "float32") for _ in range(2))
     other = ConvolutionKernel(product_of(4, 4), GRIDS["order 5"], "float64")

@@ -95,9 +95,23 @@ def compare(found: dict[str, Any], expected: dict[str, Any], atoms: torch.Tensor
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_is_exact_in_float64(name: str) -> None:
+    compare_variant(name, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attention", "nonlinear", "correlation-3-l3", "three-layers-l2"])
+def test_variant_in_kernels_is_exact_in_float64(name: str) -> None:
+    optimised = compare_variant(name, "native")
+    layers = VARIANTS[name].get("layers", 2)
+    fused = [row.op for row in optimised.manifest if row.kernel]
+    assert fused.count("convolution_gradient") == layers  # energies alone need none
+    assert fused.count("convolution") == 2 * layers
+
+
+def compare_variant(name: str, target: str) -> fxpass.Optimized:
     model = build(**VARIANTS[name])
     before = copy.deepcopy(model.state_dict())
-    optimised = fxpass.optimize(model, "exact", verify=False)
+    optimised = fxpass.optimize(model, "exact", verify=False, target=target)
     items = structures()
     heads = [k % len(model.heads) for k in range(len(items))]
     data = batch(items, model, heads)
@@ -109,6 +123,7 @@ def test_variant_is_exact_in_float64(name: str) -> None:
     compare(call(optimised, alone), call(model, alone), torch.ones(1))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), f"the original's {key} was changed"
+    return optimised
 
 
 def test_chebyshev_returns_the_gradient_that_the_original_lacks() -> None:

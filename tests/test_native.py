@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,3 +114,12 @@ def test_kernels_are_kept(model: torch.nn.Module, fused: fxpass.Optimized, monke
     assert find_compiler() is not None
     monkeypatch.setattr(room, "_compile", compiled)
     fxpass.optimize(model, target="native", verify=False)
+
+
+@pytest.mark.mace
+@pytest.mark.slow
+def test_the_alloy_model(alloy_model_path: Path, alloy_structures: list[Any]) -> None:
+    fused = fxpass.optimize(alloy_model_path, target="native", example=alloy_structures[:2])
+    assert fused.report.receipt.passed and fused.report.warnings == ()
+    assert {row.op for row in fused.manifest} >= {"contraction", "contraction_gradient", "convolution_gradient"}
+    assert all(row.kernel for row in fused.manifest)

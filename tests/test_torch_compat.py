@@ -135,3 +135,15 @@ def test_inductor_keeps_regions_apart() -> None:
         y = torch.linspace(0, 1, 7)
         assert torch.allclose(compat.compile_in_regions(module, guard, regions)(y), torch.sin(2 * y))
     assert [(set(regions), names) for regions, names in kernels] == [(set(), ("mul",)), ({"region"}, ("sin",))]
+
+
+@pytest.mark.slow
+def test_aot_compile_keeps_sizes_dynamic() -> None:
+    class Sums(torch.nn.Module):
+        def forward(self, x: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.zeros(5).index_add(0, index, x.sin().sum(1))]
+
+    examples = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    compiled = compat.aot_compile(Sums(), examples, [{0: "edges"}, {0: "edges"}])
+    x, index = torch.rand(9, 3), torch.arange(9) % 5
+    assert torch.allclose(compiled(x, index)[0], Sums()(x, index)[0])

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..algebra.irreps import clebsch_gordan, dim, segments
 from ..algebra.multilinear import Path, TensorProduct
 from ..algebra.piecewise import COARSE, Grid
+from ..errors import KernelError
 from .lanes import Lanes, Value, cpp, prelude
 
 FORWARD = (False, False, False)
@@ -234,6 +235,7 @@ class ConvolutionKernel:
             'extern "C" int KERNEL(const T* x, const T* y, const T* radial, const int64_t* species,',
             "    const T* coefficients, const int64_t* sender, const int64_t* order, T* out,",
             "    int64_t size, int64_t atoms, int64_t edges, int threads) {",
+            *_check_index("sender", "atoms"),
             "T* xt = scratch(atoms * XS);",
             "if (!xt) return 1;",
             "#pragma omp parallel num_threads(threads) if (threads > 1 && edges > 64)",
@@ -292,6 +294,7 @@ class ConvolutionKernel:
             'extern "C" int KERNEL(const T* x, const T* y, const T* g, const T* radial, const int64_t* species,',
             "    const T* coefficients, const int64_t* receiver, const int64_t* order, T* to_x, T* to_y, T* to_radial,",
             "    int64_t atoms, int64_t size, int64_t edges, int threads) {",
+            *_check_index("receiver", "size"),
             "T* gt = scratch(size * OS);",
             "if (!gt) return 1;",
             "#pragma omp parallel num_threads(threads) if (threads > 1 && edges > 64)",
@@ -333,9 +336,19 @@ def pack(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([coefficients.to(dtype).transpose(0, 1).flatten(), coefficients.new_zeros(16, dtype=dtype)])
 
 
+def _check_index(index: str, rows: str) -> list[str]:
+    return [
+        "uint64_t outside = 0;",
+        f"for (int64_t e = 0; e < edges; e++) outside |= uint64_t({index}[e]) >= uint64_t({rows});",
+        "if (outside) return 2;",
+    ]
+
+
 def _check(code: int) -> None:
-    if code:
+    if code == 1:
         raise MemoryError("there is no memory for the scratch of a convolution")
+    if code == 2:
+        raise KernelError("an edge names an atom that there is not")
 
 
 def _address(tensor: Tensor | None) -> int | None:
