@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--budget", default=None, help="force budget of passes that state none")
     parser.add_argument("--calibration", default=None, help="FILE of structures for passes that calibrate")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
+    parser.add_argument("--target", default="eager", help="how the results run")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--timestep", type=float, default=2.0, help="fs")
     parser.add_argument("--temperature", type=float, default=300.0, help="K")
@@ -88,7 +89,9 @@ def main() -> None:
     runs = [dynamics("original", lambda s: frontend.evaluate(original, s), *common)]
     for pipeline in arguments.passes or ["default"]:
         calibration = find_structures(arguments.calibration) or None
-        result = fxpass.optimize(original, pipeline, budget=arguments.budget, calibration=calibration)
+        result = fxpass.optimize(
+            original, pipeline, budget=arguments.budget, calibration=calibration, target=arguments.target
+        )
         runs.append(dynamics(pipeline, lambda s, model=result: frontend.evaluate(model, s), *common))
     print(f"{len(start)} atoms, {arguments.steps} steps of {arguments.timestep} fs, {arguments.dtype}")
     print(f"{'pipeline':40} {'drift':>12} {'fluctuation':>12}  (eV/atom)  {'T':>6} K")

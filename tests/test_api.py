@@ -20,6 +20,8 @@ from fxpass.ir.program import Stage
 from fxpass.models import Settings, SmallPotential, build, collate, save
 from fxpass.structures import probe_structures
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 NUMBERS, CUTOFF = (6, 8, 14), 4.5
 PROBES = probe_structures(NUMBERS, CUTOFF)

@@ -22,6 +22,8 @@ from fxpass.api import capture
 from fxpass.cli import main
 from fxpass.models import WEIGHTS, small_potential
 
+pytestmark = pytest.mark.once
+
 MODEL = "example:small"
 Refused = Callable[..., str]
 

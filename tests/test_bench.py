@@ -20,6 +20,8 @@ from fxpass.cli.measure import Peaks, by_turns, crystal, peak_memory, threads
 from fxpass.ir.cost import Amount
 from fxpass.structures import neighbour_list
 
+pytestmark = pytest.mark.once
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 

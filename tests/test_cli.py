@@ -26,6 +26,8 @@ from fxpass.cli.main import build_parser
 from fxpass.models import build, save, small_potential
 from fxpass.structures import neighbour_list
 
+pytestmark = pytest.mark.once
+
 MODEL = "example:small"
 CHEAP = "fold-constants,dead-code"
 COMMANDS = build_parser()[1].parsers

@@ -25,6 +25,8 @@ from fxpass.testing import PassContract, build_program, example_inputs, graph_te
 from fxpass_passes.differentiate import Differentiate
 from fxpass_passes.fuse_contraction import FuseContraction
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 F64 = torch.float64
 SPECIES, PATHS, CHANNELS = 3, 4, 5

@@ -35,6 +35,8 @@ from fxpass_passes.dead_code import DeadCode
 from fxpass_passes.fold_constants import FoldConstants
 from fxpass_passes.legalize import Legalize
 
+pytestmark = pytest.mark.once
+
 PATHS = (
     Path(0, 0, 0, "uvu", 0, 1.0),
     Path(0, 1, 1, "uvu", 2, 0.7),

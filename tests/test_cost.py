@@ -27,6 +27,8 @@ from fxpass.ir.cost import (
 )
 from fxpass.ir.program import Dim, Program, TensorSpec
 
+pytestmark = pytest.mark.once
+
 HINTS = {"atoms": 7, "edges": 23, "graphs": 3, "graphs+1": 4}  # all different, so that no two become one symbol
 
 

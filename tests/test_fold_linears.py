@@ -20,6 +20,8 @@ from fxpass.testing import PassContract, build_program, example_inputs, graph_te
 from fxpass_passes.differentiate import Differentiate
 from fxpass_passes.fold_linears import FoldLinears
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 F64 = torch.float64
 SIZES = ({"atoms": 9, "edges": 23, "graphs": 3}, {"atoms": 1, "edges": 0, "graphs": 1}, {"atoms": 0})

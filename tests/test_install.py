@@ -18,6 +18,8 @@ import pytest
 
 from conftest import ROOT, FreshEnvironment
 
+pytestmark = pytest.mark.once
+
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 GROUPS: dict[str, dict[str, str]] = PROJECT["entry-points"]
 

@@ -22,6 +22,8 @@ from fxpass.kernels.triton_launch import bind, resources
 from fxpass.kernels.triton_printer import Lane, TritonConvolution, statements
 from triton_interpreter import cases
 
+pytestmark = pytest.mark.once
+
 ROUNDING = {"float64": 1e-13, "float32": 2e-6}
 ALL = (True, True, True)
 

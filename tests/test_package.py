@@ -27,6 +27,8 @@ from fxpass.ir.verifier import verify as verify_program
 from fxpass.models import Settings, build, collate
 from fxpass.structures import probe_structures
 
+pytestmark = pytest.mark.once
+
 NUMBERS, CUTOFF = (6, 8, 14), 4.5
 PROBES = probe_structures(NUMBERS, CUTOFF)
 SETTINGS = Settings(

@@ -29,6 +29,8 @@ from fxpass_passes.common_subexpressions import CommonSubexpressions
 from fxpass_passes.dead_code import DeadCode
 from fxpass_passes.fold_constants import FoldConstants
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 X = TensorSpec("x", ("atoms", 3), torch.float64)
 N = TensorSpec("n", ("atoms",), torch.int64, properties=frozenset({"index:10"}))

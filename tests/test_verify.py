@@ -17,6 +17,8 @@ from fxpass.verify import Evaluation, Evaluator, Receipt, Row, make_receipt, par
 from fxpass.verify.receipt import on_float32_grid
 from fxpass.verify.tolerances import TABLE, tolerance
 
+pytestmark = pytest.mark.once
+
 CUTOFF = 4.0
 PROBES = probe_structures([28, 29], CUTOFF)
 FEW = tuple(s for s in PROBES if s.name in ("cluster", "triclinic"))

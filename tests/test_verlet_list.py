@@ -12,6 +12,8 @@ import pytest
 from fxpass.errors import StructureError, UsageError
 from fxpass.structures import COINCIDENT, Structure, VerletList, neighbour_list
 
+pytestmark = pytest.mark.once
+
 CUTOFF = 3.5
 CELL = np.array([[8.0, 0, 0], [0.7, 7.5, 0], [-0.4, 0.5, 8.5]])
 ALL, NONE, SLAB, WIRE = (True,) * 3, (False,) * 3, (True, True, False), (False, False, True)
