@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .._torch_compat import TESTED_E3NN, TESTED_TORCH, o3
-from ..errors import UsageError
+from ..errors import KernelError, UsageError
+from ..kernels.build import find_compiler, try_compiler
 from ..registry import FRONTENDS, PASSES, PRESETS, TARGETS, Registry, default_registry
 from .answer import Answer
 from .options import Commands
@@ -28,7 +29,7 @@ fxpass doctor --json
 """
 
 OLDEST_PYTHON = (3, 10)
-COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("g++", "c++", "clang++")
 STYLES = {"ok": "green", "note": "yellow", "FAILED": "bold red"}
 
 
@@ -136,10 +137,21 @@ def _registered(label: str, group: str, registry: Registry) -> Iterator[Check]:
 
 
 def _compiler() -> Check:
-    found = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if found is None:
-        return Check("C++ compiler", "note", "absent, the target inductor needs one", "a package such as g++ or clang")
-    return Check("C++ compiler", "ok", found)
+    """Whether a kernel can be built; the trial is made once and kept."""
+    name, hint = "C++ compiler", "a package such as g++ or clang"
+    paths = list(filter(None, map(shutil.which, COMPILERS)))
+    if not paths:
+        return Check(name, "note", "absent, the targets native and inductor need one", hint)
+    found = find_compiler()
+    if found is not None:
+        return Check(name, "ok", f"{found.path}, {found.version}")
+    try:
+        try_compiler(paths[0])  # says why not
+    except KernelError as error:
+        reason = f": {error.what}"
+    else:
+        reason = ""
+    return Check(name, "note", f"none builds a kernel for the target native{reason}", hint)
 
 
 def cores() -> int:

@@ -81,7 +81,9 @@ class ConvolutionKernel:
         """
         function = getattr(library, self.name)
         function.restype = ctypes.c_int
-        function.argtypes = [ctypes.c_void_p] * (11 if self.gradient else 8) + [ctypes.c_int64] * 3 + [ctypes.c_int]
+        function.argtypes = [ctypes.c_void_p] * (12 if self.gradient else 9) + [ctypes.c_int64] * 3 + [ctypes.c_int]
+        scratch = getattr(library, f"{self.name}_scratch")  # torch allocates it, and counts it
+        scratch.restype, scratch.argtypes = ctypes.c_int64, [ctypes.c_int64]
         columns = dim(self.product.irreps_out)
 
         def forward(
@@ -96,7 +98,8 @@ class ConvolutionKernel:
             size: int,
         ) -> Tensor:
             out = x.new_empty((size, columns))
-            pointers = map(_address, (x, y, radial, species, coefficients, sender, order, out))
+            lanes = x.new_empty(scratch(x.shape[0]))
+            pointers = map(_address, (x, y, radial, species, coefficients, sender, order, out, lanes))
             _check(function(*pointers, size, x.shape[0], y.shape[0], torch.get_num_threads()))
             return out
 
@@ -113,7 +116,8 @@ class ConvolutionKernel:
         ) -> tuple[Tensor, Tensor, Tensor]:
             slots = zip((x, y, radial), self.needs, strict=True)
             made = [torch.empty_like(t) if needed else x.new_empty(0) for t, needed in slots]
-            pointers = map(_address, (x, y, g, radial, species, coefficients, receiver, order, *made))
+            lanes = x.new_empty(scratch(g.shape[0]))
+            pointers = map(_address, (x, y, g, radial, species, coefficients, receiver, order, *made, lanes))
             _check(function(*pointers, x.shape[0], g.shape[0], y.shape[0], torch.get_num_threads()))
             return made[0], made[1], made[2]
 
@@ -232,12 +236,11 @@ class ConvolutionKernel:
     def _forward(self) -> list[str]:
         weights = [] if self.grid else ["T we[NW + W] = {};"]
         return [
+            'extern "C" int64_t KERNEL_scratch(int64_t rows) { return rows * XS; }  // numbers that xt takes',
             'extern "C" int KERNEL(const T* x, const T* y, const T* radial, const int64_t* species,',
-            "    const T* coefficients, const int64_t* sender, const int64_t* order, T* out,",
+            "    const T* coefficients, const int64_t* sender, const int64_t* order, T* out, T* xt,",
             "    int64_t size, int64_t atoms, int64_t edges, int threads) {",
             *_check_index("sender", "atoms"),
-            "T* xt = scratch(atoms * XS);",
-            "if (!xt) return 1;",
             "#pragma omp parallel num_threads(threads) if (threads > 1 && edges > 64)",
             "{",
             "#pragma omp for",
@@ -256,7 +259,6 @@ class ConvolutionKernel:
             "from_O(go, out + n * NO);",
             "}",
             "}",
-            "free(xt);",
             "return 0;",
             "}",
         ]
@@ -291,12 +293,11 @@ class ConvolutionKernel:
             "for (int64_t c = 0; c < W; c++) sum += lanes[c];",
             "return sum;",
             "}",
+            'extern "C" int64_t KERNEL_scratch(int64_t rows) { return rows * OS; }  // numbers that gt takes',
             'extern "C" int KERNEL(const T* x, const T* y, const T* g, const T* radial, const int64_t* species,',
             "    const T* coefficients, const int64_t* receiver, const int64_t* order, T* to_x, T* to_y, T* to_radial,",
-            "    int64_t atoms, int64_t size, int64_t edges, int threads) {",
+            "    T* gt, int64_t atoms, int64_t size, int64_t edges, int threads) {",
             *_check_index("receiver", "size"),
-            "T* gt = scratch(size * OS);",
-            "if (!gt) return 1;",
             "#pragma omp parallel num_threads(threads) if (threads > 1 && edges > 64)",
             "{",
             "#pragma omp for",
@@ -318,7 +319,6 @@ class ConvolutionKernel:
             *(["from_X(gx, to_x + n * NX);"] if by_x else []),
             "}",
             "}",
-            "free(gt);",
             "return 0;",
             "}",
         ]
@@ -340,14 +340,12 @@ def _check_index(index: str, rows: str) -> list[str]:
     return [
         "uint64_t outside = 0;",
         f"for (int64_t e = 0; e < edges; e++) outside |= uint64_t({index}[e]) >= uint64_t({rows});",
-        "if (outside) return 2;",
+        "if (outside) return 1;",
     ]
 
 
 def _check(code: int) -> None:
-    if code == 1:
-        raise MemoryError("there is no memory for the scratch of a convolution")
-    if code == 2:
+    if code:
         raise KernelError("an edge names an atom that there is not")
 
 

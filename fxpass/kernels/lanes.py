@@ -188,7 +188,4 @@ typedef {number} T;
 typedef T V __attribute__((vector_size(FXPASS_BYTES), aligned(sizeof(T)), may_alias));
 static constexpr int64_t W = FXPASS_BYTES / sizeof(T);
 static constexpr int64_t padded(int64_t channels) {{ return (channels + W - 1) / W * W; }}
-static inline T* scratch(int64_t numbers) {{
-  return (T*)std::aligned_alloc(64, (size_t(numbers) * sizeof(T) + 64) / 64 * 64);
-}}
 """
