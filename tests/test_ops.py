@@ -210,3 +210,14 @@ def test_clebsch_gordan_rounding_is_the_stored_one() -> None:
     exact, rounded = clebsch_gordan(1, 2, 3), clebsch_gordan(1, 2, 3, "float32")
     assert np.array_equal(rounded, o3().wigner_3j(1, 2, 3, dtype=torch.float32).double().numpy())
     assert 0 < np.abs(exact - rounded).max() < 1e-7
+
+
+@pytest.mark.parametrize("wrt", ["out", "direction"])
+def test_a_polynomial_with_wider_coefficients_has_the_type_of_x(wrt: str) -> None:
+    poly, numbers = spherical_harmonics((0, 1, 2), "component", -1)
+    x = torch.randn(5, 1, 3, dtype=torch.float32)
+    g = torch.randn(5, 1, numbers.shape[1], dtype=torch.float32) if wrt == "direction" else None
+    wide = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1)
+    found = ops.polynomial(x, [], None, g, wide, str(poly), wrt)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, ops.polynomial(x, [], None, g, wide.float(), str(poly), wrt))

@@ -348,6 +348,8 @@ def polynomial(
         coefficients: [monomials, paths, outputs].
     """
     poly = parse_polynomial(spec)
+    if coefficients.dtype.itemsize > x.dtype.itemsize:  # the result is of the type of x
+        coefficients = coefficients.to(x.dtype)
     channels, (count, paths, outputs) = x.shape[1], coefficients.shape
     # columns are rows x channels: every gather and product below runs over contiguous memory
     values = monomials(poly, as_columns(x), [as_columns(d) for d in directions])
