@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from ..ir.ops import SEMANTIC
+from ..ir.ops import SEMANTIC, fusion_guard
 from ..ir.program import Program
 from ..kernels.build import build, find_compiler
 from ..kernels.choice import Choice, choose
@@ -72,8 +72,8 @@ def _choices(program: Program) -> tuple[dict[str, Choice], tuple[ManifestRow, ..
     """Kernels by name of the node that they run, and the manifest."""
     chosen, rows = {}, []
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target not in SEMANTIC:
-            continue
+        if node.op != "call_function" or node.target not in SEMANTIC or node.target is fusion_guard:
+            continue  # a guard runs nothing, and one op after the other fuses nothing
         found = choose(node.target, fx.map_arg(node.args, lambda n: n.meta["val"]), _constants(program, node))
         if isinstance(found, Choice):
             chosen[node.name] = found
