@@ -77,6 +77,12 @@ def test_calls_that_record_autograd_have_derivatives(model: torch.nn.Module) -> 
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
 
 
+def test_inputs_of_another_type_never_reach_a_kernel(fused: fxpass.Optimized) -> None:
+    data = collate(probes(fused)[1:2], tuple(fused.facts["numbers"]), fused.facts["cutoff"], torch.float32)
+    with pytest.raises(RuntimeError, match="type"):
+        fused(data)
+
+
 def test_no_compiler(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "find_compiler", lambda: None)
     plain = fxpass.optimize(model, "exact", target="native", verify=False)

@@ -142,16 +142,11 @@ def _compiler() -> Check:
     paths = list(filter(None, map(shutil.which, COMPILERS)))
     if not paths:
         return Check(name, "note", "absent, the targets native and inductor need one", hint)
-    found = find_compiler()
-    if found is not None:
-        return Check(name, "ok", f"{found.path}, {found.version}")
     try:
-        try_compiler(paths[0])  # says why not
+        found = find_compiler() or try_compiler(paths[0])  # the second says why there is none
     except KernelError as error:
-        reason = f": {error.what}"
-    else:
-        reason = ""
-    return Check(name, "note", f"none builds a kernel for the target native{reason}", hint)
+        return Check(name, "note", f"none builds a kernel for the target native: {error.what}", hint)
+    return Check(name, "ok", f"{found.path}, {found.version}")
 
 
 def cores() -> int:

@@ -21,7 +21,7 @@ FUSED = (
 )
 
 
-UNBUILT = ManifestRow("", "any op", "", "there is no C++ compiler (g++, c++ or clang++) on PATH")
+UNBUILT = ManifestRow("", "any op", "", "no C++ compiler on PATH builds kernels; fxpass doctor says why")
 
 
 class NativeTarget:
@@ -43,7 +43,8 @@ class NativeTarget:
 class Native(nn.Module):
     """A lowered program.
 
-    Calls that record autograd run the ops one by one, whose derivatives torch knows; all others run the kernels.
+    Calls that record autograd run the ops one by one, whose derivatives torch knows; so do those with inputs of another
+    type or device than the kernels were made for, which would read them as something else. All others run the kernels.
 
     Attributes:
         manifest: what runs each semantic op.
@@ -53,6 +54,7 @@ class Native(nn.Module):
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.eager = executable(program)
+        self.dtypes = tuple(spec.dtype for spec in program.inputs)
         compiler = find_compiler()
         chosen, rows = _choices(program) if compiler is not None else ({}, (UNBUILT,))
         self.manifest: tuple[ManifestRow, ...] = rows
@@ -64,6 +66,8 @@ class Native(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            return self.eager(*inputs)
+        if any(t.dtype != d or t.device.type != "cpu" for t, d in zip(inputs, self.dtypes, strict=True)):
             return self.eager(*inputs)
         return self.fused(*inputs)
 
