@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
@@ -19,6 +19,7 @@ from ..errors import KernelError
 from ..ir import ops
 from ..ir.contraction import contraction, contraction_gradient
 from ..ir.convolution import convolution, convolution_gradient, fusible, rows_by
+from .call import Call, Constant, Number, Operand, Result, Rows, Scratch, Threads
 from .contraction import ContractionKernel
 from .convolution import DTYPES, FORWARD, ConvolutionKernel, pack
 from .linear import LinearKernel, ScalarProductKernel
@@ -46,10 +47,14 @@ class Choice:
     Attributes:
         kernel: name and source.
         bind: built library -> what runs in place of the op, with the op's own arguments.
+        call: how C++ calls it; None where only Python can.
+        pack: built library -> constant arguments as the kernel reads them, by position.
     """
 
     kernel: Source
     bind: Callable[[ctypes.CDLL], Function]
+    call: Call | None = None
+    pack: Callable[[ctypes.CDLL], Mapping[int, Tensor]] = field(default=lambda library: {})
 
 
 def refusal(op: Any, args: Arguments) -> str | None:
@@ -130,7 +135,8 @@ _RULES: Mapping[Any, Callable[[Arguments], str | None]] = {
 
 def _rows(args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
     kernel = RowsKernel()
-    return Choice(kernel, kernel.bind)
+    call = Call((Operand(0), Result(), Rows(0), Number(1)), "an edge names an atom that there is not")
+    return Choice(kernel, kernel.bind, call)
 
 
 def _convolution(gradient: bool, args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
@@ -156,7 +162,19 @@ def _convolution(gradient: bool, args: Arguments, constants: Mapping[int, Tensor
 
         return run
 
-    return Choice(kernel, bind)
+    call = None
+    if packed is not None or grid is None:
+        table = Operand(at) if grid is None else Constant(at)
+        sizes: tuple[Number | Rows, ...]
+        if gradient:
+            operands = (*map(Operand, (0, 1, 2, 3, 4)), table, Operand(7), Operand(8), Result(0), Result(1), Result(2))
+            sizes = (Rows(0), Rows(2), Rows(1))
+        else:
+            operands = (*map(Operand, (0, 1, 2, 3)), table, Operand(5), Operand(7), Result())
+            sizes = (Number(8), Rows(0), Rows(1))
+        scratch = Scratch(Rows(2 if gradient else 0))
+        call = Call((*operands, scratch, *sizes, Threads()), "an edge names an atom that there is not")
+    return Choice(kernel, bind, call, lambda library: {} if packed is None else {at: packed})
 
 
 def _contraction(gradient: bool, args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
@@ -172,21 +190,38 @@ def _contraction(gradient: bool, args: Arguments, constants: Mapping[int, Tensor
 
         return run
 
-    return Choice(kernel, bind)
+    operands = map(Operand, range(4 if gradient else 3))
+    failure = "the species of an atom is not one of the model's"
+    return Choice(kernel, bind, Call((*operands, Result(), Rows(0), Rows(2), Threads()), failure))
 
 
 def _linear(args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
     x, _, out, text, wrt = args
     source = x if wrt == "out" else out
     kernel = LinearKernel(parse_linear(text), source.dtype, wrt)
-    return Choice(kernel, partial(_bind_linear, kernel, 0 if wrt == "out" else 2, 1, None, constants))
+    return _linear_choice(kernel, 0 if wrt == "out" else 2, 1, None, constants)
 
 
 def _product(args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
     x1, _, _, out, text, wrt = args
     source = x1 if wrt == "out" else out
     kernel = ScalarProductKernel(parse_tensor_product(text), source.dtype, cast(Literal["out", "x1"], wrt))
-    return Choice(kernel, partial(_bind_linear, kernel, 0 if wrt == "out" else 3, 2, 1, constants))
+    return _linear_choice(kernel, 0 if wrt == "out" else 3, 2, 1, constants)
+
+
+def _linear_choice(
+    kernel: LinearKernel | ScalarProductKernel,
+    source: int,
+    weight: int,
+    scalars: int | None,
+    constants: Mapping[int, Tensor],
+) -> Choice:
+    bind = partial(_bind_linear, kernel, source, weight, scalars, constants)
+    if weight not in constants:
+        return Choice(kernel, bind)
+    second = Operand(scalars)
+    call = Call((Operand(source), second, Constant(weight), Result(), Rows(source), Threads()))
+    return Choice(kernel, bind, call, lambda library: {weight: kernel.bind(library).pack(constants[weight])})
 
 
 def _bind_linear(
@@ -224,7 +259,7 @@ def _polynomial(args: Arguments, constants: Mapping[int, Tensor]) -> Choice | st
 
         return run
 
-    return Choice(kernel, bind)
+    return Choice(kernel, bind, Call((*map(Operand, used), Result(), Rows(0), Threads())))
 
 
 _MAKERS: Mapping[Any, Callable[[Arguments, Mapping[int, Tensor]], Choice | str]] = {

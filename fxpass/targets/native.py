@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..ir.ops import SEMANTIC, fusion_guard
+from ..ir.guards import lower_guards
+from ..ir.ops import SEMANTIC
 from ..ir.program import Program
 from ..kernels.build import build, find_compiler
 from ..kernels.choice import Choice, choose
+from ..kernels.step.run import Plan, bind, graph_of, plan
+from ..kernels.step.translate import Fixed
 from .base import LEGAL, ManifestRow, executable
 
 #: edges and atoms fused, linear maps folded; of the semantic ops that are left those without a kernel become ATen
@@ -55,14 +59,20 @@ class Native(nn.Module):
         super().__init__()
         self.eager = executable(program)
         self.dtypes = tuple(spec.dtype for spec in program.inputs)
-        compiler = find_compiler()
-        chosen, rows = _choices(program) if compiler is not None else ({}, (UNBUILT,))
-        self.manifest: tuple[ManifestRow, ...] = rows
-        self.sources: Mapping[str, str] = {c.kernel.name: c.kernel.source for c in chosen.values()}
+        self.manifest: tuple[ManifestRow, ...] = (UNBUILT,)
+        self.sources: Mapping[str, str] = {}
         self.fused = self.eager
-        if compiler is not None and chosen:
-            libraries = build(self.sources, compiler)
-            self.fused = _bound(self.eager, {n: c.bind(libraries[c.kernel.name]) for n, c in chosen.items()})
+        compiler = find_compiler()
+        if compiler is None:
+            return
+        bare = program.copy()
+        lower_guards(bare.graph)  # one op after the other, or in a function of ours, fuses nothing that is guarded
+        chosen, self.manifest = _choices(bare)
+        steps = plan(bare.graph, chosen)
+        self.manifest += tuple(ManifestRow("", f"{step.nodes} ops in one", step.name) for step in steps.steps)
+        self.sources = {c.kernel.name: c.kernel.source for c in chosen.values()}
+        self.sources |= {step.name: step.source for step in steps.steps}
+        self.fused = _bound(self.eager, bare.graph, steps, chosen, build(self.sources, compiler))
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
@@ -76,8 +86,8 @@ def _choices(program: Program) -> tuple[dict[str, Choice], tuple[ManifestRow, ..
     """Kernels by name of the node that they run, and the manifest."""
     chosen, rows = {}, []
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target not in SEMANTIC or node.target is fusion_guard:
-            continue  # a guard runs nothing, and one op after the other fuses nothing
+        if node.op != "call_function" or node.target not in SEMANTIC:
+            continue
         found = choose(node.target, fx.map_arg(node.args, lambda n: n.meta["val"]), _constants(program, node))
         if isinstance(found, Choice):
             chosen[node.name] = found
@@ -95,14 +105,24 @@ def _constants(program: Program, node: fx.Node) -> dict[int, Tensor]:
     }
 
 
-def _bound(module: fx.GraphModule, functions: Mapping[str, Any]) -> fx.GraphModule:
-    """A module on the same weights that calls ``functions`` in place of the nodes of these names."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    returned = graph.graph_copy(module.graph, copies)
-    graph.output(returned)
-    for node, copy in copies.items():
-        if node.name in functions:
-            copy.target = functions[node.name]
-    graph.eliminate_dead_code()
-    return fx.GraphModule(module, graph)
+def _bound(
+    module: fx.GraphModule,
+    graph: fx.Graph,
+    plan: Plan,
+    chosen: Mapping[str, Choice],
+    libraries: Mapping[str, ctypes.CDLL],
+) -> fx.GraphModule:
+    """A module on the same weights that runs ``plan``."""
+    packed: dict[str, Mapping[int, Tensor]] = {}
+
+    def fixed(which: Fixed) -> Tensor:
+        if which.position < 0:
+            return getattr(module, which.name).detach()
+        if which.name not in packed:
+            choice = chosen[which.name]
+            packed[which.name] = choice.pack(libraries[choice.kernel.name])
+        return packed[which.name][which.position]
+
+    functions = {step.name: bind(step, [fixed(f) for f in step.fixed], libraries) for step in plan.steps}
+    functions |= {name: choice.bind(libraries[choice.kernel.name]) for name, choice in chosen.items()}
+    return fx.GraphModule(module, graph_of(graph, plan, functions))
