@@ -83,6 +83,17 @@ class Edges(nn.Module):
             order = sorting if order is None else order.index_select(0, sorting)
         return vectors, index, order
 
+    def vectors(self, positions: Tensor, index: Tensor, shifts: Tensor) -> Tensor:
+        """Edge vectors [edges, 3]: from the sender's position to the receiver's, plus the shift of its image."""
+        return positions.index_select(0, index[1]) - positions.index_select(0, index[0]) + shifts
+
+    def forces(self, gradient: Tensor, index: Tensor, like: Tensor) -> Tensor:
+        """Forces [atoms, 3] from g = dE/d(edge vector) [edges, 3]: g over edges sent minus g over edges received.
+
+        Negated first: a factor in ``index_add`` takes torch's slow path, ten times slower on the CPU.
+        """
+        return torch.zeros_like(like).index_add(0, index[0], gradient).index_add(0, index[1], -gradient)
+
     def _unremarkable(self, lengths: Tensor, index: Tensor) -> bool:
         """Whether it is plain that no edge is padding, too short or NaN: what nearly every call finds."""
         if lengths.numel() == 0:
@@ -132,14 +143,6 @@ class Edges(nn.Module):
             return values
         full = torch.zeros([edges, values.size(1)], dtype=values.dtype, device=values.device)
         return full.index_copy(0, order, values)
-
-
-def atom_forces(gradient: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Forces [atoms, 3] from g = dE/d(edge vector) [edges, 3]: g over edges sent minus g over edges received.
-
-    Negated first: a factor in ``index_add`` takes torch's slow path, ten times slower on the CPU.
-    """
-    return torch.zeros_like(like).index_add(0, index[0], gradient).index_add(0, index[1], -gradient)
 
 
 def in_order(index: Tensor, atoms: int) -> bool:

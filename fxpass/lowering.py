@@ -14,7 +14,7 @@ from .ir.verifier import verify
 from .pipeline import resolve
 from .registry import Registry
 from .runner import RunResult, run
-from .targets.base import Target
+from .targets.base import Finishes, Target
 from .targets.geometry import lower_both
 
 
@@ -44,5 +44,7 @@ def lower(program: Program, target: Target, frontend: Frontend, facts: Mapping[s
     """
     energy, forces = lower_both(program, target)
     interface = frontend.interface(energy, forces, {**facts, "assumptions": list(program.assumptions)})
+    if isinstance(target, Finishes):
+        target.finish(interface)
     interface.eval()
     return interface

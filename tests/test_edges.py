@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpass
-from fxpass.edges import MASKED, SORTED, WITHIN, Edges, atom_forces, canonical_order, reversed_edges
+from fxpass.edges import MASKED, SORTED, WITHIN, Edges, canonical_order, reversed_edges
 from fxpass.frontends.bundled import BundledFrontend
 from fxpass.ir.program import Program
 from fxpass.models import Settings, build, collate
@@ -82,7 +82,7 @@ def test_forces_are_a_sum_over_received_edges_alone() -> None:
     gradient = torch.randn(vectors.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
     positions = torch.zeros(12, 3, dtype=F64)
     expected = positions.index_add(0, index[0], gradient).index_add(0, index[1], gradient, alpha=-1)
-    assert torch.equal(atom_forces(gradient, index, positions), expected)
+    assert torch.equal(Edges(1.0).forces(gradient, index, positions), expected)
     order = canonical_order(vectors, index, 12)
     vectors, index, gradient = vectors[order], index[:, order], gradient[order]
     received = gradient[reversed_edges(vectors, index, 12)] - gradient

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..edges import Edges, atom_forces
+from ..edges import Edges
 from ..models import edge_vectors, one_hot_species
 
 
@@ -65,7 +65,7 @@ class BundledInterface(nn.Module):
         result = {"energy": energies[0], "node_energy": energies[1]}
         gradient, index = self.edges.settled(values[2], index, positions.size(0))
         if compute_forces:
-            result["forces"] = atom_forces(gradient, index, positions)
+            result["forces"] = self.edges.forces(gradient, index, positions)
         if compute_stress:
             if cell.size(0) == 1:
                 total = torch.matmul(vectors.t(), gradient).unsqueeze(0)

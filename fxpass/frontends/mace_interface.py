@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..edges import Edges, atom_forces
+from ..edges import Edges
 
 
 class AtomicEnergies(nn.Module):
@@ -98,7 +98,7 @@ class MaceInterface(nn.Module):
                 strained = positions + torch.bmm(positions.unsqueeze(1), strain[batch]).squeeze(1)
                 cell = cell + torch.matmul(cell, strain)
             shifts = self._shifts(data["unit_shifts"], cell, batch, given)
-        vectors = strained.index_select(0, given[1]) - strained.index_select(0, given[0]) + shifts
+        vectors = self.edges.vectors(strained, given, shifts)
         vectors, index, order = self.edges(vectors, data["edge_index"], positions.size(0))
 
         if record:
@@ -117,7 +117,7 @@ class MaceInterface(nn.Module):
             gradient, index = self.edges.settled(gradient, index, positions.size(0))
             tensors = compute_virials or compute_stress
             if compute_force or tensors:
-                forces = atom_forces(gradient, index, positions)
+                forces = self.edges.forces(gradient, index, positions)
                 if tensors and "displacement" in data:  # chain rule through strained positions
                     strain = 0.5 * (displacement + displacement.transpose(-1, -2))
                     forces = forces + torch.bmm(forces.unsqueeze(1), strain[batch].transpose(1, 2)).squeeze(1)

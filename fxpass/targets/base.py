@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import fx, nn
 
@@ -65,6 +65,15 @@ class Target(Protocol):
     @abstractmethod
     def portable(self, interface: nn.Module) -> nn.Module | None:
         """What a saved file carries to be run without fxpass; None where the program is all it carries."""
+
+
+@runtime_checkable
+class Finishes(Protocol):
+    """A target that has parts of its own for what a family's interface does around the programs."""
+
+    @abstractmethod
+    def finish(self, interface: nn.Module) -> None:
+        """Put them in; what the interface returns stays the same but for rounding."""
 
 
 #: semantic ops become ATen, and what that leaves behind is cleaned up

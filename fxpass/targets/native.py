@@ -9,11 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from ..edges import Edges
 from ..ir.guards import lower_guards
 from ..ir.ops import SEMANTIC
 from ..ir.program import Program
 from ..kernels.build import build, find_compiler
 from ..kernels.choice import Choice, choose
+from ..kernels.edges import IN_ORDER, PLAIN, BoundEdges, EdgesKernel
 from ..kernels.step.run import Plan, bind, graph_of, plan
 from ..kernels.step.translate import Fixed
 from .base import LEGAL, ManifestRow, executable
@@ -42,6 +44,39 @@ class NativeTarget:
 
     def portable(self, interface: nn.Module) -> nn.Module | None:
         return None
+
+    def finish(self, interface: nn.Module) -> None:
+        compiler = find_compiler()
+        if compiler is None:
+            return
+        kernel = EdgesKernel()
+        functions = kernel.bind(build({kernel.name: kernel.source}, compiler)[kernel.name])
+        for parent in list(interface.modules()):
+            for name, child in parent.named_children():
+                if type(child) is Edges:
+                    setattr(parent, name, NativeEdges(child, functions))
+
+
+class NativeEdges(Edges):
+    """Edges whose usual case, that nothing is to be done, is found in one pass; all else is torch's."""
+
+    def __init__(self, edges: Edges, functions: BoundEdges) -> None:
+        super().__init__(edges.cutoff)
+        self.sort, self.drop, self.mask, self.shortest = edges.sort, edges.drop, edges.mask, edges.shortest
+        self.functions = functions
+
+    def vectors(self, positions: Tensor, index: Tensor, shifts: Tensor) -> Tensor:
+        made = self.functions.vectors(positions, index, shifts)
+        return super().vectors(positions, index, shifts) if made is None else made
+
+    def forward(self, vectors: Tensor, index: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        wanted = (PLAIN if self.drop or self.mask or self.shortest > 0 else 0) | (IN_ORDER if self.sort else 0)
+        found = self.functions.look(vectors.detach(), index, atoms, self.shortest, self.cutoff) if wanted else 0
+        return (vectors, index, None) if found & wanted == wanted else super().forward(vectors, index, atoms)
+
+    def forces(self, gradient: Tensor, index: Tensor, like: Tensor) -> Tensor:
+        made = self.functions.forces(gradient, index, like)
+        return super().forces(gradient, index, like) if made is None else made
 
 
 class Native(nn.Module):
