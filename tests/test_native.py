@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,19 @@ def test_exact_passes_in_kernels_are_exact(model: torch.nn.Module) -> None:
             np.testing.assert_allclose(found.stress, expected.stress, rtol=0, atol=1e-10)
 
 
-def test_two_threads_give_the_bits_of_one(fused: fxpass.Optimized) -> None:
+def test_a_number_of_threads_gives_the_same_bits_every_time(fused: fxpass.Optimized) -> None:
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2):
+        for threads in (1, 2, 2):
             torch.set_num_threads(threads)
             results.append([fused.frontend.evaluate(fused, s).forces for s in probes(fused)])
     finally:
         torch.set_num_threads(before)
-    assert all((a == b).all() for a, b in zip(*results, strict=True))
+    one, two, again = results
+    assert all((a == b).all() for a, b in zip(two, again, strict=True))
+    for a, b in zip(one, two, strict=True):  # sums by sender are made by each thread and then joined
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(1.0, float(np.abs(a).max(initial=0))))
 
 
 def test_calls_that_record_autograd_have_derivatives(model: torch.nn.Module) -> None:
@@ -81,6 +85,22 @@ def test_inputs_of_another_type_never_reach_a_kernel(fused: fxpass.Optimized) ->
     data = collate(probes(fused)[1:2], tuple(fused.facts["numbers"]), fused.facts["cutoff"], torch.float32)
     with pytest.raises(RuntimeError, match="type"):
         fused(data)
+
+
+def test_changed_weights_are_used_and_told(model: torch.nn.Module) -> None:
+    exact = fxpass.optimize(model, "exact", target="native", verify=False)
+    copied = copy.deepcopy(exact)
+    structure = probes(exact)[1]
+    before = exact.frontend.evaluate(exact, structure).energy
+    assert copied.frontend.evaluate(copied, structure).energy == before
+    with torch.no_grad():
+        for name, weight in copied.interface.named_parameters():
+            if "program" in name:
+                weight.mul_(1.1)
+    with pytest.warns(UserWarning, match="weights of this model have changed"):
+        changed = copied.frontend.evaluate(copied, structure).energy
+    assert abs(changed - before) > 1e-3
+    assert exact.frontend.evaluate(exact, structure).energy == before
 
 
 def test_no_compiler(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import warnings
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -96,6 +98,8 @@ class Native(nn.Module):
         self.dtypes = tuple(spec.dtype for spec in program.inputs)
         self.manifest: tuple[ManifestRow, ...] = (UNBUILT,)
         self.sources: Mapping[str, str] = {}
+        self.weights: list[Tensor] = []
+        self.versions: list[int] = []
         self.fused = self.eager
         compiler = find_compiler()
         if compiler is None:
@@ -108,11 +112,32 @@ class Native(nn.Module):
         self.sources = {c.kernel.name: c.kernel.source for c in chosen.values()}
         self.sources |= {step.name: step.source for step in steps.steps}
         self.fused = _bound(self.eager, bare.graph, steps, chosen, build(self.sources, compiler))
+        self.weights = [t for t in (*self.eager.parameters(), *self.eager.buffers()) if not t.is_inference()]
+        self.versions = [t._version for t in self.weights]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Native:
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if not self._changed():
+            made.versions = [t._version for t in made.weights]
+        return made
+
+    def _changed(self) -> bool:
+        """Whether weights were written to, of which kernels have copies."""
+        return [t._version for t in self.weights] != self.versions
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             return self.eager(*inputs)
         if any(t.dtype != d or t.device.type != "cpu" for t, d in zip(inputs, self.dtypes, strict=True)):
+            return self.eager(*inputs)
+        if self._changed():
+            warnings.warn(
+                "fxpass: weights of this model have changed since its kernels were made, so it runs without them, "
+                "slowly; optimise the changed model anew",
+                stacklevel=2,
+            )
             return self.eager(*inputs)
         return self.fused(*inputs)
 

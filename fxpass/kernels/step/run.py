@@ -113,12 +113,7 @@ def bind(step: Step, fixed: Sequence[Tensor], libraries: Mapping[str, ctypes.CDL
     wanted = [(Out(node.meta["val"]), node.name) for node in step.inputs]
     places = list(step.symbols.values())
     known = {symbol: k for k, symbol in enumerate(step.symbols)}
-    checks = [
-        (k, d, known[n] if n in known else int(n), n in known)
-        for k, (out, _) in enumerate(wanted)
-        for d, n in enumerate(out.shape)
-        if n.is_Integer or n in known
-    ]
+    expected = [_shape(out.shape, known) for out, _ in wanted]
     ranks = [len(out.shape) for out, _ in wanted]
     shapes = [(_shape(out.shape, known), out.dtype) for _, out in step.outputs]
     Addresses, Made = ctypes.c_void_p * len(step.inputs), ctypes.c_void_p * len(step.outputs)
@@ -127,13 +122,12 @@ def bind(step: Step, fixed: Sequence[Tensor], libraries: Mapping[str, ctypes.CDL
 
     def run(*tensors: Tensor, keep: Sequence[Tensor] = constants) -> list[Tensor]:  # as long as their addresses
         given = [t.contiguous() for t in tensors]
-        of = [t.shape for t in given]
+        of = [list(t.shape) for t in given]
         if [len(shape) for shape in of] != ranks:
             raise KernelError(_misfit(wanted, given))
         sizes = [of[k][d] for k, d in places]
-        for k, d, n, symbolic in checks:
-            if of[k][d] != (sizes[n] if symbolic else n):
-                raise KernelError(_misfit(wanted, given))
+        if any(shape != wants(sizes) for shape, wants in zip(of, expected, strict=True)):
+            raise KernelError(_misfit(wanted, given))
         made = [torch.empty(shape(sizes), dtype=dtype) for shape, dtype in shapes]
         numbers = Sizes(*sizes)
         needed = room(numbers, functions)
