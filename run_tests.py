@@ -2,12 +2,10 @@
 
 Needs nothing but Python 3.11.  Makes the two environments that the tests need (mace-torch pins
 e3nn 0.4.4; other families need e3nn 0.6; one environment cannot hold both), then runs ruff, mypy
-and, in each environment, pytest.  A third one, with Triton, is made only where it is asked for.
-Exits with 1 when anything failed.
+and, in each environment, pytest.  Exits with 1 when anything failed.
 
     python run_tests.py                          everything
     python run_tests.py --env mace               one environment
-    python run_tests.py --env triton             the tests of printed Triton kernels, which need 700 MB more
     python run_tests.py -- tests/test_ir.py -x   arguments after -- go to pytest
 """
 
@@ -34,20 +32,29 @@ class Environment:
     """One environment: what pip installs after torch, and which tests run in it.
 
     Attributes:
+        alone: what is installed after that without its own requirements, because it asks for another torch.
         lacks: markers whose tests do not run in it.
-        only: the marker that all its tests have; it is made only where ``--env`` names it.
     """
 
     name: str
     requirements: tuple[str, ...]
+    alone: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
-    only: str = ""
+
+    @property
+    def installs(self) -> list[list[str]]:
+        """Arguments of pip, one call after the other; torch first: what follows must take this version."""
+        alone = [["--no-deps", *self.alone]] if self.alone else []
+        return [[TORCH], list(self.requirements), *alone]
 
 
 ENVIRONMENTS = (
-    Environment("mace", ("-e", ".[mace,dev]"), lacks=("triton",)),
-    Environment("e3nn06", ("-e", ".[ase,dev]", "e3nn>=0.6,<0.7"), lacks=("mace", "once", "triton")),
-    Environment("triton", ("-e", ".[triton,dev]"), only="triton"),
+    Environment("mace", ("-e", ".[mace,triton,dev]"), lacks=()),
+    Environment(
+        "e3nn06",
+        ("-e", ".[ase,dev]", "e3nn>=0.6,<0.7"),
+        lacks=("mace", "once", "triton"),
+    ),
 )
 
 
@@ -77,7 +84,7 @@ def fingerprint(environment: Environment) -> str:
     made_from = {
         "python": [sys.version, sys.base_prefix],
         "root": str(ROOT),
-        "requirements": [TORCH, *environment.requirements],
+        "requirements": environment.installs,
         "pyproject": [project["build-system"], project["project"], project["tool"]["setuptools"]],
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
@@ -98,9 +105,8 @@ def prepare(environment: Environment, folder: Path) -> Step | None:
     start = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
-    # torch first and alone: what follows must take this version and not choose another.
-    for requirements in ([TORCH], list(environment.requirements)):
-        step = run(f"{environment.name}: install", [python, "-m", "pip", "install", *requirements])
+    for arguments in environment.installs:
+        step = run(f"{environment.name}: install", [python, "-m", "pip", "install", *arguments])
         if not step.ok:
             return step
     record.write_text(wanted)
@@ -117,7 +123,6 @@ def test(environment: Environment, folder: Path, arguments: list[str]) -> Step:
     cuda = subprocess.run([python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"])
     lacks = environment.lacks if cuda.returncode == 0 else (*environment.lacks, "gpu")
     wanted = [f"({chosen.m})"] if chosen.m else []
-    wanted += [environment.only] if environment.only else []
     markers = " and ".join([*wanted, *(f"not {marker}" for marker in lacks)])
     workers = str(min(os.cpu_count() or 1, 4))
     return run(
@@ -140,7 +145,7 @@ def main() -> int:
     steps: list[Step] = []
     linted = False
     for environment in ENVIRONMENTS:
-        if arguments.env != environment.name and (arguments.env or environment.only):
+        if arguments.env not in (None, environment.name):
             continue
         folder = arguments.envs.resolve() / environment.name
         prepared = prepare(environment, folder)
@@ -148,7 +153,7 @@ def main() -> int:
             steps.append(prepared)
             if not prepared.ok:
                 continue
-        if not linted and not environment.only:
+        if not linted:
             python = str(python_of(folder))
             steps.append(run("ruff", [python, "-m", "ruff", "check", "."]))
             steps.append(run("mypy", [python, "-m", "mypy"]))

@@ -18,6 +18,7 @@ from fxpass.algebra.piecewise import Grid, coefficients
 from fxpass.ir import ops
 from fxpass.ir.convolution import convolution, convolution_gradient, rows_by
 from fxpass.ir.cost import program_cost
+from fxpass.ir.guards import regions
 from fxpass.ir.metadata import provenance
 from fxpass.ir.program import Program, TensorSpec
 from fxpass.ir.sparsity import check
@@ -29,6 +30,7 @@ from fxpass_passes.common_subexpressions import CommonSubexpressions
 from fxpass_passes.dead_code import DeadCode
 from fxpass_passes.differentiate import Differentiate
 from fxpass_passes.fuse_convolution import FuseConvolution
+from fxpass_passes.guard_fusion import GuardFusion
 from fxpass_passes.legalize import Legalize
 
 pytestmark = pytest.mark.once
@@ -221,9 +223,9 @@ class NotGathered(Layers):
         return self.call(ops.tensor_product, gathered, y, w, None, str(self.product), "out")
 
 
-class ScaledMessages(Layers):
+class AddedMessages(Layers):
     def sum(self, message: fx.Node, receiver: fx.Node, size: fx.Node) -> fx.Node:
-        return self.call(ops.scatter_sum, self.call(aten.mul.Tensor, message, 2.0), receiver, size)
+        return self.call(ops.scatter_sum, self.call(aten.add.Tensor, message, message), receiver, size)
 
 
 class Twice(Layers):
@@ -254,7 +256,7 @@ class Wide(Layers):
         (GatheredSecond, PRODUCT, "table", "a path of mode uvv mixes channels"),
         (ScalarsGatheredSecond, PRODUCT, "table", "its x2, gather_default, is gathered and its x1 is not"),
         (NotGathered, PRODUCT, "table", "its x1 is not gathered"),
-        (ScaledMessages, PRODUCT, "table", "its result is read by mul_tensor, which is no sum over edges"),
+        (AddedMessages, PRODUCT, "table", "its result is read by add_tensor, which is no sum over edges"),
         (Shared, SHARED, "weights", "its weights are shared by all rows"),
         (Wide, UUU, "table", "the second operand has 2 channels in a path of mode uuu"),
     ],
@@ -271,9 +273,9 @@ def test_forward_refusals(layers: type[Layers], product: TensorProduct, kind: st
     agree(derived, fused(derived).program)
 
 
-def test_gradients_of_what_is_scaled_between() -> None:
-    """The forward product stays; of the gradients nothing is gathered, as the factor comes after the gather."""
-    outcome = fused(forces(program("table", ScaledMessages)))
+def test_gradients_of_what_is_added_between() -> None:
+    """The forward product stays; of the gradients nothing is gathered, as the sum comes after the gather."""
+    outcome = fused(forces(program("table", AddedMessages)))
     assert not outcome.modified
     reasons = Counter(refusal.reason.split(",")[0] for refusal in outcome.refusals)
     assert reasons["the gradient of its result"] == 5
@@ -293,11 +295,148 @@ class OneTable(Layers):
 
 def test_a_table_that_two_layers_read() -> None:
     """Their gradients by the weights are added before they meet the derivative of the table."""
-    given = forces(CommonSubexpressions().apply(program("table", OneTable)).program)
-    outcome = fused(given)
+    make = lambda: forces(CommonSubexpressions().apply(program("table", OneTable)).program)  # noqa: E731
+    assert counts(make())[ops.table] == 2, "its values, and its derivative"
+    (outcome,) = PassContract(FuseConvolution(), [make], sizes=SIZES).check()
     found = counts(outcome.program)
-    assert found[convolution] == found[convolution_gradient] == found[ops.tensor_product] == 2
-    assert {refusal.nodes[1] for refusal in outcome.refusals} == {"add_6"}
+    assert found[convolution] == found[convolution_gradient] == 2
+    assert not found[ops.tensor_product] and not found[ops.table] and not outcome.refusals
+    assert [a.rule for a in outcome.applications].count("shared-table") == 1
+
+
+def test_gradients_of_one_table_that_are_not_all_of_products_stay_added() -> None:
+    def edit(graph: fx.Graph, products: list[fx.Node]) -> None:
+        first, _ = (n for n in products if n.args[5] == "weight")
+        with graph.inserting_after(first):
+            new = graph.call_function(aten.tanh.default, (first,))
+        first.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        new.meta["val"] = first.meta["val"]
+
+    given = edited(forces(CommonSubexpressions().apply(program("table", OneTable)).program), edit)
+    outcome = fused(given)
+    assert not any(a.rule == "shared-table" for a in outcome.applications)
+    assert counts(outcome.program)[ops.tensor_product] == 2
+    agree(given, outcome.program)
+
+
+# --- a number for each edge
+
+
+class CutMessages(Layers):
+    """Messages times a function of the length of their edge."""
+
+    def build(self, *inputs: fx.Node) -> dict[str, fx.Node]:
+        self.vectors = inputs[0]
+        return super().build(*inputs)
+
+    def factor(self) -> fx.Node:
+        r = self.call(aten.linalg_vector_norm.default, self.vectors, 2, [1])
+        return self.call(aten.unsqueeze.default, self.call(aten.cos.default, r), 1)
+
+    def sum(self, message: fx.Node, receiver: fx.Node, size: fx.Node) -> fx.Node:
+        return super().sum(self.call(aten.mul.Tensor, message, self.factor()), receiver, size)
+
+
+class CutWeights(CutMessages):
+    def weights(self, layer: int, r: fx.Node, species: fx.Node) -> fx.Node | None:
+        return self.call(aten.mul.Tensor, self.factor(), super().weights(layer, r, species))
+
+    def sum(self, message: fx.Node, receiver: fx.Node, size: fx.Node) -> fx.Node:
+        return Layers.sum(self, message, receiver, size)
+
+
+class CutTwice(CutWeights):
+    sum = CutMessages.sum
+
+
+class DoubledMessages(Layers):
+    def sum(self, message: fx.Node, receiver: fx.Node, size: fx.Node) -> fx.Node:
+        return super().sum(self.call(aten.mul.Tensor, message, 2.0), receiver, size)
+
+
+ALL_WEIGHTED = replace(PRODUCT, paths=WEIGHTED)
+
+
+@pytest.mark.parametrize("stage", ["energy", "forces"])
+@pytest.mark.parametrize(
+    ("layers", "kind", "product"),
+    [
+        (CutMessages, "species", PRODUCT),
+        (CutMessages, "bare", PRODUCT),
+        (CutWeights, "table", ALL_WEIGHTED),
+        (CutWeights, "weights", ALL_WEIGHTED),
+        (CutTwice, "species", ALL_WEIGHTED),
+        (DoubledMessages, "table", PRODUCT),
+    ],
+)
+def test_factors_of_edges_move_to_the_second_operand(
+    layers: type[Layers], kind: str, product: TensorProduct, stage: str
+) -> None:
+    def make() -> Program:
+        given = CommonSubexpressions().apply(program(kind, layers, product)).program
+        return given if stage == "energy" else forces(given)
+
+    (outcome,) = PassContract(FuseConvolution(), [make], sizes=SIZES).check()
+    found = counts(outcome.program)
+    assert found[convolution] == 2 and found[convolution_gradient] == (0 if stage == "energy" else 2)
+    assert not found[ops.tensor_product] and not found[ops.table] and not outcome.refusals
+    sizes = {"atoms": 100, "edges": 4000, "graphs": 1}
+    if kind != "weights":
+        widest = max(shape[1] for node in outcome.program.graph.nodes if (shape := edge_rows(node)) is not None)
+        assert widest <= 4, "nothing wider than y has a row for each edge"
+    assert program_cost(outcome.program).at(**sizes).bytes < 0.6 * program_cost(make()).at(**sizes).bytes
+
+
+def edge_rows(node: fx.Node) -> tuple[Any, ...] | None:
+    """Shape of a matrix with a row for each edge."""
+    value = node.meta.get("val")
+    known = isinstance(value, Tensor) and value.dim() == 2 and node.op == "call_function" and value.is_floating_point()
+    vectors = next(iter(node.graph.find_nodes(op="placeholder"))).meta["val"]
+    return tuple(value.shape) if known and str(value.shape[0]) == str(vectors.shape[0]) else None
+
+
+def test_a_factor_of_the_weights_is_none_of_paths_without_any() -> None:
+    given = forces(program("table", CutWeights))
+    outcome = fused(given)
+    assert counts(outcome.program)[convolution] == 2 and counts(outcome.program)[ops.table] == 4
+    assert not any(a.rule == "edge-factor" for a in outcome.applications)
+    agree(given, outcome.program)
+
+
+class WideFactor(CutMessages):
+    def factor(self) -> fx.Node:
+        return self.call(aten.expand.default, super().factor(), [-1, 14])
+
+
+def test_factors_of_columns_stay() -> None:
+    outcome = fused(program("table", WideFactor))
+    assert not outcome.modified
+    assert outcome.refusals[0].reason == "its result is read by mul_tensor, which is no sum over edges"
+
+
+# --- guarded regions
+
+
+@pytest.mark.parametrize("kind", ["table", "species", "weights"])
+def test_a_guarded_region_that_becomes_one_op_needs_no_guards(kind: str) -> None:
+    make = lambda: forces(GuardFusion().apply(program(kind)).program)  # noqa: E731
+    assert {region.partition(":")[0] for region in regions(make().graph)} >= {"convolution"}
+    (outcome,) = PassContract(FuseConvolution(), [make], sizes=SIZES).check()
+    found = counts(outcome.program)
+    assert found[convolution] == found[convolution_gradient] == 2 and not found[ops.tensor_product]
+    assert not any(region.startswith("convolution") for region in regions(outcome.program.graph))
+    assert found[ops.table] == 0, "no guard stands between the table and its reader"
+    assert [a.rule for a in outcome.applications].count("guarded-region") == 2
+
+
+def test_a_guarded_region_that_is_refused_keeps_its_guards() -> None:
+    given = forces(GuardFusion().apply(program("table", GatheredSecond)).program)
+    before = regions(given.graph)
+    outcome = fused(given)
+    assert not outcome.modified and outcome.refusals
+    assert {name: len(nodes) for name, nodes in regions(outcome.program.graph).items()} == {
+        name: len(nodes) for name, nodes in before.items()
+    }
     agree(given, outcome.program)
 
 

@@ -105,6 +105,45 @@ def test_a_table_for_each_species(tmp_path: File) -> None:
     compare(product_of(4, 9), GRIDS["order 5"], torch.float32, tmp_path, tables=3)
 
 
+@pytest.mark.parametrize("name", [None, "order 5"])
+def test_bfloat16_features_and_tables_are_computed_with_in_float32(name: str | None, tmp_path: File) -> None:
+    tp, grid, compiler = product_of(6, 11), GRIDS[name] if name else None, find_compiler()
+    assert compiler is not None
+    kernels = [ConvolutionKernel(tp, grid, "bfloat16", needs) for needs in ((False,) * 3, (True,) * 3)]
+    libraries = build({k.name: k.source for k in kernels}, compiler, tmp_path)
+    forward, gradient = [k.bind(libraries[k.name]) for k in kernels]
+    for edges, atoms in [(37, 9), (0, 4), (5, 1)]:
+        x, y, g, radial, species, stored, sender, receiver, size = inputs(tp, grid, torch.float64, edges, atoms, 2)
+        x, g = x.bfloat16(), g.bfloat16()
+        y, radial = y.float(), radial.float()
+        packed = None if stored is None else pack(stored, torch.bfloat16)
+        found = [forward(x, y, radial, species, packed, sender, receiver, rows_by(receiver, size), size)]
+        found += gradient(x, y, g, radial, species, packed, sender, receiver, rows_by(sender, atoms))
+        exact = [radial.double(), species, None if stored is None else stored.bfloat16().double(), sender, receiver]
+        texts = str(tp), "" if grid is None else str(grid)
+        at = x.double(), y.double()
+        expected = [convolution(*at, *exact, rows_by(receiver, size), size, *texts)]
+        expected += convolution_gradient(*at, g.double(), *exact, rows_by(sender, atoms), *texts, [True] * 3)
+        for value, right in zip(found, expected, strict=True):
+            narrow = value.dtype is torch.bfloat16
+            scale = max(right.abs().max().item(), 1.0) if right.numel() else 1.0
+            torch.testing.assert_close(value.double(), right, rtol=2**-8 if narrow else 0.0, atol=3e-6 * scale)
+        assert [value.dtype for value in found] == 2 * [torch.bfloat16] + 2 * [torch.float32]
+
+
+def test_bfloat16_rounds_as_torch_does(tmp_path: File) -> None:
+    """A convolution with one edge of weight 1 between scalars copies x times y, rounded once."""
+    compiler, tp = find_compiler(), TensorProduct("1x0e", "1x0e", "1x0e", (Path(0, 0, 0, "uvu", -1, 1.0),), 0, False)
+    assert compiler is not None
+    kernel = ConvolutionKernel(tp, None, "bfloat16")
+    forward = kernel.bind(build({kernel.name: kernel.source}, compiler, tmp_path)[kernel.name])
+    y = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1.0039, -3.1416, 3e38, 3.4e38, 1e-40, torch.inf, torch.nan])
+    one = torch.arange(len(y))
+    x, order = torch.ones(len(y), 1, dtype=torch.bfloat16), rows_by(one, len(y))
+    found = forward(x, y[:, None], y[:, None][:, :0], None, None, one, one, order, len(y))
+    torch.testing.assert_close(found[:, 0], y.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_two_threads_write_what_one_writes(tmp_path: File) -> None:
     tp, grid = product_of(8, 8), GRIDS["order 5"]
     compiler = find_compiler()
@@ -113,17 +152,22 @@ def test_two_threads_write_what_one_writes(tmp_path: File) -> None:
     libraries = build({k.name: k.source for k in kernels}, compiler, tmp_path)
     forward, gradient = [k.bind(libraries[k.name]) for k in kernels]
     x, y, g, radial, _, stored, sender, receiver, size = inputs(tp, grid, torch.float64, 500, 40, 1)
+    x, sender = x[:size], sender % size
     packed, before = pack(stored, torch.float64), torch.get_num_threads()
 
     def run() -> list[Tensor]:
         out = forward(x, y, radial, None, packed, sender, receiver, rows_by(receiver, size), size)
-        return [out, *gradient(x, y, g, radial, None, packed, sender, receiver, rows_by(sender, 40))]
+        return [out, *gradient(x, y, g, radial, None, packed, sender, receiver, rows_by(sender, size))]
 
     try:
         torch.set_num_threads(1)
         alone = run()
         torch.set_num_threads(2)
-        assert all(torch.equal(a, b) for a, b in zip(alone, run(), strict=True))
+        both = run()
+        assert all(torch.equal(a, b) for a, b in zip(both, run(), strict=True))
+        by_x = both.pop(1), alone.pop(1)  # of which each thread adds up its own part
+        assert all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
+        agree(*by_x, torch.float64)
     finally:
         torch.set_num_threads(before)
 

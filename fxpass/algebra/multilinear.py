@@ -162,6 +162,18 @@ class Linear:
         """The same map with only ``paths``; layouts and weight offsets stay."""
         return replace(self, paths=paths)
 
+    @property
+    def transposed(self) -> Linear:
+        """Layouts and paths of the transposed map; weights stay as they lie."""
+        paths = tuple(replace(p, i=p.o, o=p.i) for p in self.paths)
+        return replace(self, irreps_in=self.irreps_out, irreps_out=self.irreps_in, paths=paths)
+
+    def then(self, outer: Linear) -> Linear:
+        """Layouts and paths of ``outer`` of this map, like paths merged and dead ones left out; without weights."""
+        ends = sorted({(p.i, q.o) for p in self.paths for q in outer.paths if p.o == q.i})
+        paths = tuple(LinearPath(i, o, 0, 1.0) for i, o in ends)
+        return Linear(self.irreps_in, outer.irreps_out, paths, 0, shared=True)
+
     def flops(self) -> int:
         """Multiply-adds times two per row, for any slot."""
         ins, outs = segments(self.irreps_in), segments(self.irreps_out)

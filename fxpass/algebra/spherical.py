@@ -7,12 +7,13 @@ multiplies by sqrt(2l+1), "integral" by sqrt((2l+1) / 4 pi).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
 import sympy
 
-from .polynomial import Polynomial
+from .polynomial import Monomial, Polynomial
 
 X, Y, Z = sympy.symbols("x y z", real=True)
 
@@ -34,6 +35,26 @@ def harmonic(l: int, m: int) -> sympy.Expr:
 
 
 @cache
+def exact_harmonics(degrees: tuple[int, ...], normalization: str) -> tuple[Mapping[Monomial, sympy.Expr], ...]:
+    """Exact coefficients by monomial of each component of the given degrees, concatenated.
+
+    Args:
+        normalization: ``"norm"``, ``"component"`` or ``"integral"``.
+    """
+    found = []
+    for l in degrees:
+        scale = {
+            "norm": sympy.Integer(1),
+            "component": sympy.sqrt(2 * l + 1),
+            "integral": sympy.sqrt((2 * l + 1) / (4 * sympy.pi)),
+        }[normalization]
+        for m in range(-l, l + 1):
+            poly = sympy.Poly(harmonic(l, m), X, Y, Z)
+            found.append({(0,) * a + (1,) * b + (2,) * c: scale * value for (a, b, c), value in poly.terms()})
+    return tuple(found)
+
+
+@cache
 def spherical_harmonics(degrees: tuple[int, ...], normalization: str, parity: int) -> tuple[Polynomial, np.ndarray]:
     """Spherical harmonics of the given degrees, concatenated.
 
@@ -45,18 +66,8 @@ def spherical_harmonics(degrees: tuple[int, ...], normalization: str, parity: in
     Returns:
         the polynomial in (x, y, z), and its coefficients, float64, of shape [monomials, outputs].
     """
-    terms: list[dict[tuple[int, ...], float]] = []
-    for l in degrees:
-        scale = {
-            "norm": sympy.Integer(1),
-            "component": sympy.sqrt(2 * l + 1),
-            "integral": sympy.sqrt((2 * l + 1) / (4 * sympy.pi)),
-        }[normalization]
-        for m in range(-l, l + 1):
-            poly = sympy.Poly(harmonic(l, m), X, Y, Z)
-            terms.append(
-                {(0,) * a + (1,) * b + (2,) * c: float(sympy.N(scale * v, 25)) for (a, b, c), v in poly.terms()}
-            )
+    exact = exact_harmonics(degrees, normalization)
+    terms = [{m: float(sympy.N(value, 25)) for m, value in component.items()} for component in exact]
     monomials = tuple(sorted({m for t in terms for m in t}, key=lambda m: (len(m), m)))
     coefficients = np.array([[t.get(m, 0.0) for t in terms] for m in monomials])
     sign = "o" if parity == -1 else "e"

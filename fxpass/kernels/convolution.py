@@ -3,15 +3,17 @@
 For a receiver i, ``out_i = sum over its edges of TP(x_sender, Y, w(r))``.  With the Clebsch-Gordan coefficients C and
 one channel count on either side, path p of an edge multiplies by a small matrix that all channels share,
 ``M_p[k, i] = sum_j C_p[i, j, k] Y_j``, and by its weight, which is read from the radial table.  The gradient runs
-over the edges of each sender, reads the table again, and writes what belongs to the sender or to the edge: nothing
-of size edges x channels x paths reaches memory, and no two threads write to one place.
+over the same edges, with the incoming gradient of one receiver at hand, and reads the table again: nothing of size
+edges x channels x paths reaches memory.  By Y it makes the gradients by M, sums over channels, of which that by Y is a
+combination.  By x each thread adds up its own, for a fixed part of the receivers, and these are added in the end: no
+two threads write to one place, and a number of threads gives the same bits every time.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,10 +26,18 @@ from ..algebra.irreps import clebsch_gordan, dim, segments
 from ..algebra.multilinear import Path, TensorProduct
 from ..algebra.piecewise import COARSE, Grid
 from ..errors import KernelError
-from .lanes import Lanes, Value, cpp, prelude
+from .lanes import Lanes, Value, cpp, prelude, storage
 
 FORWARD = (False, False, False)
+INCLUDES = (  # compilers that have OpenMP may lack its header
+    "#include <algorithm>",
+    "#include <vector>",
+    'extern "C" int omp_get_thread_num();',
+    'extern "C" int omp_get_num_threads();',
+)
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+#: features and tables may be narrower than what is computed: bfloat16 goes with float32 for y and radial
+STORAGE = {**DTYPES, torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,8 @@ class ConvolutionKernel:
     Attributes:
         product: paths of mode uvu or uvuv whose second operand has one channel; weights per edge.
         grid: of the radial table; None where the weights are given.
-        dtype: ``"float32"`` or ``"float64"``.
+        dtype: of features, incoming gradients and tables, one of ``STORAGE``. What is computed, y, radial and their
+            gradients are of the same type, but float32 for ``"bfloat16"``.
         needs: gradients by x, y and radial that are made; none for the convolution itself.
     """
 
@@ -66,7 +77,9 @@ class ConvolutionKernel:
         head = [
             f"// {'gradient of the ' if self.gradient else ''}convolution of {tp.irreps1} with {tp.irreps2}",
             f"// to {tp.irreps_out}, {len(tp.paths)} paths, {tp.weights} weights for each edge",
-            prelude(self.dtype),
+            *INCLUDES,
+            prelude("float32" if self.dtype == "bfloat16" else self.dtype),
+            storage(self.dtype),
             *_layout("X", tp.irreps1),
             *_layout("O", tp.irreps_out),
             f"static constexpr int64_t NY = {dim(tp.irreps2)}, NW = {tp.weights};",
@@ -77,7 +90,8 @@ class ConvolutionKernel:
     def bind(self, library: ctypes.CDLL) -> Callable[..., Any]:
         """The function of the built library, with the arguments of the op less its texts.
 
-        It takes contiguous tensors of ``dtype`` (indices int64) and ``coefficients`` as :func:`pack` makes them.
+        It takes contiguous tensors of the types of this kernel (indices int64) and ``coefficients`` as :func:`pack`
+        makes them.
         """
         function = getattr(library, self.name)
         function.restype = ctypes.c_int
@@ -168,9 +182,16 @@ class ConvolutionKernel:
                 arrays[f"{prefix}{s}"] = f"{prefix}e + {row}"
                 arrays[f"g{prefix}{s}"] = f"g{prefix} + {row}"
         for path in self.product.paths:
-            arrays[f"w{path.weight}"] = f"we + {{row}} * NW + {path.weight} + c"
+            weights = f"{{row}} * NW + {path.weight} + c"
+            arrays[f"w{path.weight}"] = f"we + ({weights}) * 2" if self._paired else f"we + {weights}"
             arrays[f"gw{path.weight}"] = f"gw + GW{path.weight} + c"
         return arrays
+
+    @property
+    def _paired(self) -> set[str]:
+        """Arrays in which two powers alternate, see :func:`pack`."""
+        narrow = self.grid is not None and self.dtype == "bfloat16"
+        return {f"w{path.weight}" for path in self.product.paths} if narrow else set()
 
     def _groups(self, build: Callable[[Lanes, Path], None]) -> list[str]:
         """Loops over the lanes of every group of paths; what all lanes share is computed in front of them."""
@@ -180,7 +201,7 @@ class ConvolutionKernel:
             for path in paths:
                 build(lanes, path)
             arrays = self._arrays(channels)
-            inside = cpp(lanes, arrays, uniform=False)
+            inside = cpp(lanes, arrays, uniform=False, paired=self._paired)
             lines += ["{", *cpp(lanes, arrays, uniform=True), f"for (int64_t c = 0; c < {channels}; c += W) {{"]
             lines += [f"  {line}" for line in inside] + ["}", "}"]
         return lines
@@ -193,7 +214,7 @@ class ConvolutionKernel:
             lanes.accumulate(f"go{path.io}", k, lanes.mul(weight, row))
 
     def add_gradient(self, lanes: Lanes, path: Path) -> None:
-        """What one path adds to the gradients of its sender and of its edge."""
+        """What one path adds to the gradients of its sender and of its edge, for all components at once."""
         by_x, by_y, by_radial = self.needs
         coupling, (at, _, _, _) = self._coupling(path), segments(self.product.irreps2)[path.i2]
         weight, rise = self._weight(lanes, path, slope=by_radial)
@@ -230,15 +251,16 @@ class ConvolutionKernel:
             "int64_t row; T u, rise;",
             "cell(radial[e], row, u, rise);",
             "if (species) row += species[e] * ROWS;",
-            f"const T* __restrict__ we = coefficients + row * {self.grid.order + 1} * NW;",
+            f"const S* __restrict__ we = coefficients + row * {self.grid.order + 1} * NW;",
         ]
 
     def _forward(self) -> list[str]:
         weights = [] if self.grid else ["T we[NW + W] = {};"]
         return [
-            'extern "C" int64_t KERNEL_scratch(int64_t rows) { return rows * XS; }  // numbers that xt takes',
-            'extern "C" int KERNEL(const T* x, const T* y, const T* radial, const int64_t* species,',
-            "    const T* coefficients, const int64_t* sender, const int64_t* order, T* out, T* xt,",
+            "// numbers of the type S that xt takes",
+            'extern "C" int64_t KERNEL_scratch(int64_t rows) { return rows * XS * sizeof(T) / sizeof(S); }',
+            'extern "C" int KERNEL(const S* x, const T* y, const T* radial, const int64_t* species,',
+            "    const S* coefficients, const int64_t* sender, const int64_t* order, S* out, T* xt,",
             "    int64_t size, int64_t atoms, int64_t edges, int threads) {",
             *_check_index("sender", "atoms"),
             "#pragma omp parallel num_threads(threads) if (threads > 1 && edges > 64)",
@@ -265,19 +287,18 @@ class ConvolutionKernel:
 
     def _gradient(self) -> list[str]:
         by_x, by_y, by_radial = self.needs
-        weights = [p for p in self.product.paths if p.weight >= 0]
-        local = [] if self.grid else ["T we[NW + W] = {};"]
+        widest = max(self.paths(), default=0)
+        local = [f"alignas(64) T oe[OS], wv[padded({widest})], wr[padded({widest})];"]
+        local += [] if self.grid else ["T we[NW + W] = {};"]
         clear, write = [], []
         if by_y:
-            local.append("alignas(64) T gy[NY * W];")
-            clear.append("memset(gy, 0, sizeof gy);")
-            write.append("for (int64_t j = 0; j < NY; j++) to_y[e * NY + j] = total(gy + j * W);")
+            local.append(f"alignas(64) T gm[{sum(map(len, self.entries))} * W];")
+            write += self._by_y()
         if by_radial and self.grid:
-            local.append("alignas(64) T gr[W];")
-            clear.append("memset(gr, 0, sizeof gr);")
+            clear.append("V gr = {};")
             write.append("to_radial[e] = total(gr) * rise;")
         elif by_radial:
-            places = {p.weight: self.product.sizes(p)["u"] for p in weights}
+            places = {p.weight: self.product.sizes(p)["u"] for p in self.product.paths if p.weight >= 0}
             lines, at = [], "0"
             for weight, channels in places.items():
                 lines.append(f"static constexpr int64_t GW{weight} = {at};")
@@ -288,40 +309,169 @@ class ConvolutionKernel:
             gaps = self.product.weights - sum(places.values())
             write[:0] = ["memset(to_radial + e * NW, 0, NW * sizeof(T));"] if gaps else []
         return [
-            "static inline T total(const T* lanes) {",
-            "T sum = 0;",
-            "for (int64_t c = 0; c < W; c++) sum += lanes[c];",
-            "return sum;",
-            "}",
-            'extern "C" int64_t KERNEL_scratch(int64_t rows) { return rows * OS; }  // numbers that gt takes',
-            'extern "C" int KERNEL(const T* x, const T* y, const T* g, const T* radial, const int64_t* species,',
-            "    const T* coefficients, const int64_t* receiver, const int64_t* order, T* to_x, T* to_y, T* to_radial,",
-            "    T* gt, int64_t atoms, int64_t size, int64_t edges, int threads) {",
+            *TOTAL,
+            "// numbers of the type S that xt and the sums of the first thread take, for as many senders as receivers",
+            'extern "C" int64_t KERNEL_scratch(int64_t rows) { return rows * XS * 2 * sizeof(T) / sizeof(S); }',
+            'extern "C" int KERNEL(const S* x, const T* y, const S* g, const T* radial, const int64_t* species,',
+            "    const S* coefficients, const int64_t* receiver, const int64_t* order, S* to_x, T* to_y, T* to_radial,",
+            "    T* xt, int64_t atoms, int64_t size, int64_t edges, int threads) {",
             *_check_index("receiver", "size"),
-            "#pragma omp parallel num_threads(threads) if (threads > 1 && edges > 64)",
+            *BY_RECEIVER,
+            "if (threads < 1 || edges <= 64) threads = 1;",
+            "std::vector<T> more;",
+            "if (atoms > size) { more.resize(atoms * XS * 2); xt = more.data(); }",
+            *(["std::vector<T*> parts(threads);"] if by_x else []),
+            "#pragma omp parallel num_threads(threads) if (threads > 1)",
             "{",
+            "const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();",
             "#pragma omp for",
-            "for (int64_t n = 0; n < size; n++) into_O(g + n * NO, gt + n * OS);",
-            "alignas(64) T xe[XS], gx[XS];",
+            "for (int64_t n = 0; n < atoms; n++) into_X(x + n * NX, xt + n * XS);",
+            *(OWN_SUMS if by_x else []),
             *local,
-            "#pragma omp for schedule(dynamic, 4)",
-            "for (int64_t n = 0; n < atoms; n++) {",
-            "into_X(x + n * NX, xe);",
-            "memset(gx, 0, sizeof gx);",
-            "for (int64_t a = order[n]; a < order[n + 1]; a++) {",
-            "const int64_t e = order[atoms + 1 + a];",
-            "const T* __restrict__ oe = gt + receiver[e] * OS;",
+            "// receivers that have about as many edges as those of each other thread",
+            "const auto part = [&](int64_t t) {",
+            "return std::lower_bound(start.begin(), start.end(), edges * t / team) - start.begin();",
+            "};",
+            "const int64_t end = part(thread + 1);",
+            "for (int64_t n = part(thread); n < end; n++) {",
+            "into_O(g + n * NO, oe);",
+            "for (int64_t a = start[n]; a < start[n + 1]; a++) {",
+            "const int64_t e = sorted[a].edge;",
+            "const T* __restrict__ xe = xt + sorted[a].sender * XS;",
+            *(["T* __restrict__ gx = own + sorted[a].sender * XS;"] if by_x else []),
             *self._edge(),
             *clear,
-            *self._groups(self.add_gradient),
+            *(line for number in range(len(self.product.paths)) for line in self._path_gradient(number)),
             *write,
             "}",
-            *(["from_X(gx, to_x + n * NX);"] if by_x else []),
             "}",
+            *(ADD_SUMS if by_x else []),
             "}",
             "return 0;",
             "}",
         ]
+
+    @cached_property
+    def entries(self) -> list[list[tuple[int, int]]]:
+        """Of each path the (i, k) for which M[i, k] is not zero for every Y."""
+        found = [np.argwhere(np.any(self._coupling(path) != 0, axis=1)) for path in self.product.paths]
+        return [[(int(i), int(k)) for i, k in each] for each in found]
+
+    def _entry(self, number: int, i: int, k: int) -> int:
+        """Row of the gradient by an entry of a path's M in the buffer ``gm``."""
+        return sum(map(len, self.entries[:number])) + self.entries[number].index((i, k))
+
+    def _path_gradient(self, number: int) -> list[str]:
+        """What a path adds to the gradients of its sender and of its edge.
+
+        A loop over lanes for each component of x: so few values are alive in one that they stay in registers.
+        """
+        by_x, by_y, by_radial = self.needs
+        path, lines = self.product.paths[number], []
+        weighted, rows = path.weight >= 0, sorted({i for i, _ in self.entries[number]})
+        stored = weighted and self.grid is not None and len(rows) > 1  # the table is read once for all components
+        if stored:
+            lanes = Lanes()
+            weight, rise = self._weight(lanes, path, slope=by_radial)
+            lanes.store("wv", 0, weight)
+            if by_radial:
+                lanes.store("wr", 0, rise)
+            lines += self._loop(path, lanes)
+        for i in rows:
+            lanes, sums = Lanes(), []
+            matrix, x = self._matrix(lanes, path), lanes.load(f"x{path.i1}", i)
+            if stored:
+                weight, rise = lanes.load("wv", 0), lanes.load("wr", 0)
+            else:
+                weight, rise = self._weight(lanes, path, slope=by_radial)
+            heavy, back = lanes.mul(weight, x), lanes.constant(0.0)
+            for k in (k for ii, k in self.entries[number] if ii == i):
+                g = lanes.load(f"o{path.io}", k)
+                back = lanes.fma(matrix[i, k], g, back)
+                if by_y:
+                    sums.append(self._entry(number, i, k))
+                    lanes.accumulate("gm", sums[-1], lanes.mul(heavy, g))
+            if by_x:
+                lanes.accumulate(f"gx{path.i1}", i, lanes.mul(weight, back))
+            if by_radial and weighted:
+                each = lanes.mul(x, back) if self.grid is None else lanes.mul(lanes.mul(rise, x), back)
+                lanes.accumulate("gr" if self.grid else f"gw{path.weight}", 0, each)
+            lines += self._loop(path, lanes, sums)
+        return lines
+
+    def _loop(self, path: Path, lanes: Lanes, sums: Sequence[int] = ()) -> list[str]:
+        """A program for all lanes of a path; ``sums`` are the rows of ``gm`` that it makes."""
+        channels = self.product.sizes(path)["u"]
+        arrays = self._arrays(channels) | {"wv": "wv + c", "wr": "wr + c"}
+        registers = {"gr": "gr", "gm": "gm_{row}"}
+        body = cpp(lanes, arrays, uniform=False, registers=registers, once=[f"o{path.io}"], paired=self._paired)
+        return [
+            "{",
+            *(f"V gm_{row} = {{}};" for row in sums),
+            *cpp(lanes, arrays, uniform=True),
+            "#pragma GCC unroll 1",  # unrolled, rows of g are moved out of the loop over edges, and spilled
+            f"for (int64_t c = 0; c < {channels}; c += W) {{",
+            *(f"  {line}" for line in body),
+            "}",
+            *(f"*(V*)(gm + {row} * W) = gm_{row};" for row in sums),
+            "}",
+        ]
+
+    def _by_y(self) -> list[str]:
+        """The gradient by Y from those by all M."""
+        lanes, columns = Lanes(), range(dim(self.product.irreps2))
+        terms: dict[int, list[tuple[Value, Value]]] = {j: [] for j in columns}
+        for number, path in enumerate(self.product.paths):
+            coupling, (at, _, _, _) = self._coupling(path), segments(self.product.irreps2)[path.i2]
+            for i, j, k in np.argwhere(coupling != 0):
+                by_entry = lanes.load("gm", self._entry(number, int(i), int(k)))
+                terms[at + int(j)].append((lanes.constant(coupling[i, j, k]), by_entry))
+        for j in columns:
+            lanes.store("gy", j, lanes.dot(terms[j]))
+        sums = cpp(lanes, {"gm": "gm + {row} * W"}, registers={"gy": "const V gy_{row}"})
+        return ["{", *sums, *(f"to_y[e * NY + {j}] = total(gy_{j});" for j in columns), "}"]
+
+
+TOTAL = [
+    "// sum of the lanes",
+    "template <int64_t n> static inline T total(const T* lanes) {",
+    "typedef T H __attribute__((vector_size(n / 2 * sizeof(T)), aligned(sizeof(T)), may_alias));",
+    "if constexpr (n == 2) return lanes[0] + lanes[1];",
+    "else {",
+    "const H half = *(const H*)lanes + *(const H*)(lanes + n / 2);",
+    "return total<n / 2>((const T*)&half);",
+    "}",
+    "}",
+    "static inline T total(const V& lanes) { return total<W>((const T*)&lanes); }",
+]
+BY_RECEIVER = [
+    "// the edges, which come in the order of their senders, in that of their receivers",
+    "struct Edge { int64_t edge, sender; };",
+    "std::vector<int64_t> start(size + 1), next;",
+    "std::vector<Edge> sorted(edges);",
+    "for (int64_t e = 0; e < edges; e++) start[receiver[e] + 1]++;",
+    "for (int64_t n = 0; n < size; n++) start[n + 1] += start[n];",
+    "next = start;",
+    "for (int64_t n = 0; n < atoms; n++)",
+    "for (int64_t a = order[n]; a < order[n + 1]; a++) {",
+    "const int64_t e = order[atoms + 1 + a];",
+    "sorted[next[receiver[e]]++] = {e, n};",
+    "}",
+]
+OWN_SUMS = [
+    "std::vector<T> mine;",
+    "if (thread) mine.resize(atoms * XS); else memset(xt + atoms * XS, 0, atoms * XS * sizeof(T));",
+    "T* const own = parts[thread] = thread ? mine.data() : xt + atoms * XS;",
+]
+ADD_SUMS = [
+    "#pragma omp barrier",
+    "#pragma omp for",
+    "for (int64_t n = 0; n < atoms; n++) {",
+    "T* __restrict__ sum = parts[0] + n * XS;",
+    "for (int64_t t = 1; t < team; t++) for (int64_t c = 0; c < XS; c++) sum[c] += parts[t][n * XS + c];",
+    "from_X(sum, to_x + n * NX);",
+    "}",
+]
 
 
 def pack(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
@@ -331,9 +481,13 @@ def pack(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         coefficients: [order + 1, rows, channels].
 
     Returns:
-        [rows * (order + 1) * channels + 16], with zeros at the end.
+        [rows * (order + 1) * channels + 32], with zeros at the end. Those of one row come power after power; in
+        bfloat16 the lanes of two powers alternate.
     """
-    return torch.cat([coefficients.to(dtype).transpose(0, 1).flatten(), coefficients.new_zeros(16, dtype=dtype)])
+    powers, rows, channels = coefficients.shape
+    each = 2 if dtype is torch.bfloat16 else 1
+    packed = coefficients.to(dtype).reshape(powers // each, each, rows, channels).permute(2, 0, 3, 1)
+    return torch.cat([packed.flatten(), packed.new_zeros(32)])
 
 
 def _check_index(index: str, rows: str) -> list[str]:
@@ -359,17 +513,17 @@ def _layout(letter: str, irreps: str) -> list[str]:
     for s, (offset, channels, l, _) in enumerate(segments(irreps)):
         lines.append(f"static constexpr int64_t {letter}{s} = {at};")
         at, width = f"{letter}{s} + {2 * l + 1} * padded({channels})", 2 * l + 1
-        loop = f"for (int64_t k = 0; k < {width}; k++) for (int64_t u = 0; u < {channels}; u++)"
-        copies.append((loop, f"lanes[{letter}{s} + k * padded({channels}) + u]", f"row[{offset} + u * {width} + k]"))
+        loops = f"for (int64_t k = 0; k < {width}; k++)", f"for (int64_t u = 0; u < {channels}; u++)"
+        copies.append((loops, f"lanes[{letter}{s} + k * padded({channels}) + u]", f"row[{offset} + u * {width} + k]"))
     return [
         *lines,
         f"static constexpr int64_t {letter}S = {at}, N{letter} = {dim(irreps)};",
-        f"[[maybe_unused]] static void into_{letter}(const T* __restrict__ row, T* __restrict__ lanes) {{",
+        f"[[maybe_unused]] static void into_{letter}(const S* __restrict__ row, T* __restrict__ lanes) {{",
         f"memset(lanes, 0, {letter}S * sizeof(T));",
-        *(f"{loop} {to} = {of};" for loop, to, of in copies),
+        *(f"{component} {channel} {to} = widened({of});" for (component, channel), to, of in copies),
         "}",
-        f"[[maybe_unused]] static void from_{letter}(const T* __restrict__ lanes, T* __restrict__ row) {{",
-        *(f"{loop} {of} = {to};" for loop, to, of in copies),
+        f"[[maybe_unused]] static void from_{letter}(const T* __restrict__ lanes, S* __restrict__ row) {{",
+        *(f"{channel} {component} {of} = narrowed({to});" for (component, channel), to, of in copies),
         "}",
     ]
 

@@ -8,7 +8,7 @@ printed is what is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -130,7 +130,14 @@ class Lanes:
 
 
 def cpp(
-    lanes: Lanes, arrays: Mapping[str, str], *, uniform: bool | None = None, prefix: str = "t"
+    lanes: Lanes,
+    arrays: Mapping[str, str],
+    *,
+    uniform: bool | None = None,
+    prefix: str = "t",
+    registers: Mapping[str, str] | None = None,
+    once: Container[str] = (),
+    paired: Container[str] = (),
 ) -> list[str]:
     """C++ statements over ``V`` (a compiler vector of ``T``), one for each live instruction.
 
@@ -140,18 +147,28 @@ def cpp(
         uniform: only those whose result is the same in every lane, which may go in front of a loop over lanes, or
             only the others; by default all.
         prefix: of the names of the values.
+        registers: for each array that is only written to, and kept in variables, the name of one: ``"sum_{row}"``.
+        once: arrays that are read once and where it is written: compilers rather read memory twice than keep a
+            value that is used twice, and move what uses it apart.
+        paired: arrays of bfloat16, two rows of which alternate (see :func:`storage`); their addresses are those of
+            pairs of rows.
     """
     lines = []
+    registers = registers or {}
     for at in lanes.needed():
         made = lanes.code[at]
         if uniform is not None and made.uniform is not uniform:
             continue
         name = f"{prefix}{at}"
         operands = [f"{prefix}{o}" for o in made.operands]
-        address = arrays[made.array].format(row=made.at) if made.array else ""
+        kept = made.array in registers
+        row = made.at // 2 if made.array in paired else made.at
+        address = arrays[made.array].format(row=row) if made.array and not kept else ""
         match made.operation:
             case "load":
-                lines.append(f"const V {name} = *(const V*)({address});")
+                kind = "const volatile V" if made.array in once else "const V"
+                read = f"half<{made.at % 2}>({address})" if made.array in paired else f"*({kind}*)({address})"
+                lines.append(f"const V {name} = {read};")
             case "scalar":
                 lines.append(f"const T {name} = *({address});")
             case "constant":
@@ -163,9 +180,10 @@ def cpp(
             case "fma":
                 lines.append(f"const auto {name} = {operands[0]} * {operands[1]} + {operands[2]};")
             case "store" | "accumulate":
+                place = registers[made.array].format(row=made.at) if kept else f"*(V*)({address})"
                 sign = "=" if made.operation == "store" else "+="
                 value = f"(V{{}} + {operands[0]})" if lanes.code[made.operands[0]].uniform else operands[0]
-                lines.append(f"*(V*)({address}) {sign} {value};")
+                lines.append(f"{place} {sign} {value};")
     return lines
 
 
@@ -189,3 +207,27 @@ typedef T V __attribute__((vector_size(FXPASS_BYTES), aligned(sizeof(T)), may_al
 static constexpr int64_t W = FXPASS_BYTES / sizeof(T);
 static constexpr int64_t padded(int64_t channels) {{ return (channels + W - 1) / W * W; }}
 """
+
+
+def storage(dtype: str) -> str:
+    """The type ``S`` in which features and tables are stored, T unless ``dtype`` is ``"bfloat16"``.
+
+    ``widened`` makes T of S; ``narrowed`` rounds to the nearest, ties to even; ``half`` reads the first or the second
+    of two vectors of bfloat16 whose lanes alternate, which takes one operation where conversion takes four.
+    """
+    if dtype != "bfloat16":
+        return """typedef T S;
+static inline T widened(T x) { return x; }
+static inline T narrowed(T x) { return x; }"""
+    return """typedef uint16_t S;
+static inline T widened(S x) { const uint32_t bits = uint32_t(x) << 16; T y; memcpy(&y, &bits, 4); return y; }
+template <int second> static inline V half(const S* x) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+  typedef uint32_t Bits __attribute__((vector_size(W * 4), aligned(2), may_alias));
+  return (V)(second ? *(const Bits*)x & 0xffff0000 : *(const Bits*)x << 16);
+}
+static inline S narrowed(T x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return x == x ? S((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : S(0x7fc0);
+}"""

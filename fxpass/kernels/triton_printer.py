@@ -1,63 +1,204 @@
-"""Triton for the same programs over lanes as the C++: a block of channels, masked, in place of a compiler vector.
+"""Triton for the same programs over lanes as the C++: a block of channels or rows, masked, in place of a vector.
 
-One program of the grid does one row of atoms and loops over its edges; what it sums up stays in registers, and no two
-programs write to one place.  This is text alone: nothing here needs Triton.
+No two programs of a grid write to one place, and none adds up in memory.  A printed kernel is text: nothing here, and
+nothing in the modules that print the kernels, needs Triton.  Sizes of blocks are arguments of the text, so that a
+:class:`Config` changes how a kernel is launched and not which kernel it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol
 
-from ..algebra.irreps import dim, segments
-from ..algebra.piecewise import COARSE, Grid
-from .convolution import ConvolutionKernel
 from .lanes import Lanes, Value
 
-TYPES = {"float32": "tl.float32", "float64": "tl.float64"}
+TYPES = {"float32": "tl.float32", "float64": "tl.float64", "bfloat16": "tl.bfloat16"}
+WARPS = (1, 2, 4, 8)
+THREADS = 32  # of one warp
+
+#: number: of the type that tensors are stored in; wide: of the type that is computed in; index: int64
+Kind = Literal["number", "wide", "index", "size", "block"]
+
+
+class Argument(NamedTuple):
+    """One argument of a kernel: tensors come first, then sizes, then sizes of blocks."""
+
+    name: str
+    kind: Kind
+
+
+def arguments(*names: str, kind: Kind = "number") -> tuple[Argument, ...]:
+    return tuple(Argument(name, kind) for name in names)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched.
+
+    Attributes:
+        warps: of 32 threads, for each program of the grid.
+        blocks: values of the arguments that are sizes of blocks.
+    """
+
+    warps: int
+    blocks: tuple[tuple[str, int], ...] = ()
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.blocks)[name]
+
+
+class Launch(Protocol):
+    """Runs a kernel over ``programs(config)`` programs; ``operands`` are its arguments less the sizes of blocks."""
+
+    def __call__(self, programs: Callable[[Config], int], operands: Sequence[Any]) -> None: ...
+
+
+class TritonKernel(ABC):
+    """One printed kernel."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """First part of its name."""
+
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """One line of comment."""
+
+    @property
+    @abstractmethod
+    def arguments(self) -> tuple[Argument, ...]:
+        """In order."""
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Arguments that may be None."""
+        return ()
+
+    @property
+    @abstractmethod
+    def configs(self) -> tuple[Config, ...]:
+        """How it may be launched; the first where nobody measured."""
+
+    @property
+    @abstractmethod
+    def storage(self) -> str:
+        """The type of numbers in memory: float32, float64, or bfloat16, which is computed with in float32."""
+
+    @abstractmethod
+    def inside(self) -> list[str]:
+        """The statements."""
+
+    @abstractmethod
+    def run(self, launch: Launch, *operands: Any) -> Any:
+        """Makes the results on the device of contiguous operands and launches the kernel that fills them."""
+
+    @property
+    def dtype(self) -> str:
+        """The type that is computed in."""
+        return "float32" if self.storage == "bfloat16" else self.storage
+
+    @cached_property
+    def name(self) -> str:
+        """An identifier that two kernels share only if they are the same."""
+        return f"{self.kind}_{hashlib.sha256(self._body.encode()).hexdigest()[:16]}"
+
+    @cached_property
+    def source(self) -> str:
+        """A module with one function of this name; it wants ``triton`` and ``tl`` among its globals."""
+        return self._body.replace("KERNEL", self.name)
+
+    @cached_property
+    def _body(self) -> str:
+        given = [f"{a.name}: tl.constexpr" if a.kind == "block" else a.name for a in self.arguments]
+        sizes = ", ".join(f'"{a.name}"' for a in self.arguments if a.kind == "size")
+        return "\n".join(
+            [
+                f"# {self.about}, {self.storage}",
+                f"@triton.jit(do_not_specialize=[{sizes}])",
+                f"def KERNEL({', '.join(given)}):",
+                *(f"    {line}" for line in self.inside()),
+                "",
+            ]
+        )
 
 
 @dataclass(frozen=True)
 class Lane:
-    """The channels that a program of the grid holds at once: ``arange(0, width)``, of which ``channels`` exist."""
+    """What a program of the grid holds at once.
 
-    channels: int
+    Attributes:
+        name: of the variable with the numbers of the lanes.
+        width: number of lanes, a power of two, or the argument that says it.
+        storage: as of the kernel.
+        mask: which lanes there are; empty where all.
+    """
+
+    name: str
+    width: int | str
+    storage: str
+    mask: str = ""
+
+    @classmethod
+    def of(cls, channels: int, storage: str) -> Lane:
+        """Lanes ``arange(0, width)`` for channels: the next power of two, of which ``channels`` exist."""
+        width = 1 << max(channels - 1, 0).bit_length()
+        return cls(f"c{channels}", width, storage, "" if width == channels else f"c{channels} < {channels}")
 
     @property
-    def width(self) -> int:
-        """The next power of two."""
-        return 1 << max(self.channels - 1, 0).bit_length()
+    def numbers(self) -> str:
+        """The statement that defines the numbers of channels."""
+        return f"{self.name} = tl.arange(0, {self.width})"
 
     @property
-    def name(self) -> str:
-        return f"c{self.channels}"
+    def zeros(self) -> str:
+        return f"tl.zeros([{self.width}], {self._type})"
+
+    def constant(self, number: float) -> str:
+        """``number`` in every lane; as a plain number it would be rounded to float32 on its own."""
+        return f"tl.full([{self.width}], {number!r}, {self._type})"
 
     def load(self, address: str, stride: int = 1) -> str:
-        """What is at ``address`` for channel 0, and for every other channel ``stride`` numbers further on."""
-        other = ", other=0.0" if self._mask else ""
-        return f"tl.load({address} + {self._apart(stride)}{self._mask}{other})"
+        """What is at ``address`` for lane 0, and for every other lane ``stride`` numbers further on."""
+        masked = f", mask={self.mask}, other=0.0" if self.mask else ""
+        return f"tl.load({address} + {self._apart(stride)}{masked}){self._widened}"
+
+    def scalar(self, address: str) -> str:
+        return f"tl.load({address}){self._widened}"
 
     def store(self, address: str, value: str, stride: int = 1) -> str:
-        return f"tl.store({address} + {self._apart(stride)}, {value}{self._mask})"
+        masked = f", mask={self.mask}" if self.mask else ""
+        return f"tl.store({address} + {self._apart(stride)}, {value}{masked})"
 
     def _apart(self, stride: int) -> str:
         return self.name if stride == 1 else f"{self.name} * {stride}"
 
     @property
-    def _mask(self) -> str:
-        return "" if self.width == self.channels else f", mask={self.name} < {self.channels}"
+    def _type(self) -> str:
+        return TYPES["float32" if self.storage == "bfloat16" else self.storage]
+
+    @property
+    def _widened(self) -> str:
+        return f".to({self._type})" if self.storage == "bfloat16" else ""
 
 
 def statements(
-    lanes: Lanes, addresses: Mapping[str, str], registers: Mapping[str, str], lane: Lane, prefix: str = "t"
+    lanes: Lanes,
+    addresses: Mapping[str, tuple[str, int]],
+    registers: Mapping[str, str],
+    lane: Lane,
+    prefix: str = "t",
 ) -> list[str]:
     """One Triton statement for each live instruction.
 
     Args:
-        addresses: for each array in memory the address of a row, without the lane, or of an element for ``scalar``,
-            with ``{row}`` for its number, e.g. ``"x + {row} * 32"``.
+        addresses: for each array in memory the address of a row for lane 0, or of an element for ``scalar``, with
+            ``{row}`` for its number, e.g. ``"x + {row} * 32"``, and how many numbers lanes are apart.
         registers: for each array that is kept in variables the name of such a variable, e.g. ``"sum_{row}"``.
         lane: what a vector consists of.
         prefix: of the names of the values.
@@ -75,11 +216,13 @@ def statements(
     for at in lanes.needed():
         made = lanes.code[at]
         operands = [read(o) for o in made.operands]
+        place, stride = addresses.get(made.array, ("", 1))
+        place = place.format(row=made.at)
         match made.operation:
             case "load" if made.array not in registers:
-                lines.append(f"{prefix}{at} = {lane.load(addresses[made.array].format(row=made.at))}")
+                lines.append(f"{prefix}{at} = {lane.load(place, stride)}")
             case "scalar" if made.array not in registers:
-                lines.append(f"{prefix}{at} = tl.load({addresses[made.array].format(row=made.at)})")
+                lines.append(f"{prefix}{at} = {lane.scalar(place)}")
             case "add":
                 lines.append(f"{prefix}{at} = {operands[0]} + {operands[1]}")
             case "mul":
@@ -89,191 +232,13 @@ def statements(
             case "accumulate":
                 lines.append(f"{registers[made.array].format(row=made.at)} += {operands[0]}")
             case "store":
-                lines.append(lane.store(addresses[made.array].format(row=made.at), operands[0]))
+                value = lanes.code[made.operands[0]]
+                constant = value.operation == "constant"
+                lines.append(lane.store(place, lane.constant(value.number) if constant else operands[0], stride))
     return lines
 
 
-@dataclass(frozen=True)
-class TritonConvolution:
-    """The Triton text of a convolution or of its gradient.
-
-    Attributes:
-        kernel: what is computed, with the programs of its edges.
-    """
-
-    kernel: ConvolutionKernel
-
-    @cached_property
-    def name(self) -> str:
-        """An identifier that two kernels share only if they are the same."""
-        return f"convolution_{hashlib.sha256(self._body.encode()).hexdigest()[:16]}"
-
-    @cached_property
-    def source(self) -> str:
-        """A module with one function of this name; it wants ``triton`` and ``tl`` among its globals."""
-        return self._body.replace("KERNEL", self.name)
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Names of the arguments, in order; ``species`` and ``coefficients`` may be None."""
-        operands = ("radial", "species", "coefficients")
-        if self.kernel.gradient:
-            return ("x", "y", "g", *operands, "receiver", "order", "to_x", "to_y", "to_radial", "atoms")
-        return ("x", "y", *operands, "sender", "order", "out", "size")
-
-    @property
-    def warps(self) -> int:
-        """Of 32 threads for each program of the grid.
-
-        A thread holds one channel, which takes the fewest registers; in the gradient two, because what is summed over
-        channels crosses from warp to warp through shared memory.
-        """
-        width = max(lane.width for lane in self._lanes)
-        return max(1, min(8, width // (64 if self.kernel.gradient else 32)))
-
-    @cached_property
-    def _body(self) -> str:
-        tp = self.kernel.product
-        rows = "atoms" if self.kernel.gradient else "size"
-        inside = [
-            *(f"{lane.name} = tl.arange(0, {lane.width})" for lane in self._lanes),
-            "n = tl.program_id(0).to(tl.int64)",
-            *(self._gradient() if self.kernel.gradient else self._forward()),
-        ]
-        return "\n".join(
-            [
-                f"# {'gradient of the ' if self.kernel.gradient else ''}convolution of {tp.irreps1} with {tp.irreps2}",
-                f"# to {tp.irreps_out}, {len(tp.paths)} paths, {tp.weights} weights for each edge, {self.kernel.dtype}",
-                f'@triton.jit(do_not_specialize=["{rows}"])',
-                f"def KERNEL({', '.join(self.arguments)}):",
-                *(f"    {line}" for line in inside),
-                "",
-            ]
-        )
-
-    @cached_property
-    def _lanes(self) -> tuple[Lane, ...]:
-        tp = self.kernel.product
-        counts = {channels for irreps in (tp.irreps1, tp.irreps_out) for _, channels, _, _ in segments(irreps)}
-        return tuple(map(Lane, sorted(counts)))
-
-    def _programs(self) -> Iterator[tuple[Lane, Lanes]]:
-        """What an edge does: for each number of channels one program for all paths that have it."""
-        kernel = self.kernel
-        for channels, paths in kernel.paths().items():
-            lanes = Lanes()
-            for path in paths:
-                (kernel.add_gradient if kernel.gradient else kernel.add_forward)(lanes, path)
-            yield Lane(channels), lanes
-
-    def _rows(self, letter: str, irreps: str) -> Iterator[tuple[str, Lane, int, int]]:
-        """Of each component of each segment: its variable, its lane, and offset and stride of its channels in a row."""
-        for s, (offset, channels, l, _) in enumerate(segments(irreps)):
-            for k in range(2 * l + 1):
-                yield f"{letter}{s}_{k}", Lane(channels), offset + k, 2 * l + 1
-
-    def _load(self, letter: str, irreps: str, row: str) -> list[str]:
-        """Variables with all components of a row of features."""
-        found = self._rows(letter, irreps)
-        return [f"{name} = {lane.load(f'{row} + {at}', stride)}" for name, lane, at, stride in found]
-
-    def _zeros(self, lane: Lane) -> str:
-        return f"tl.zeros([{lane.width}], {TYPES[self.kernel.dtype]})"
-
-    def _loop(self, rows: str, body: list[str]) -> list[str]:
-        """``body`` for each edge e of atom n; the order of edges begins with ``rows`` + 1 offsets."""
-        loop = ["for a in range(tl.load(order + n), tl.load(order + n + 1)):", f"e = tl.load(order + {rows} + 1 + a)"]
-        return [loop[0], *(f"    {line}" for line in [loop[1], *self._edge(), *body])]
-
-    def _edge(self) -> list[str]:
-        """Addresses of what belongs to edge e, and its place in the table."""
-        tp, grid = self.kernel.product, self.kernel.grid
-        lines = [f"ye = y + e * {dim(tp.irreps2)}"]
-        if grid is None:
-            return [*lines, f"we = radial + e * {tp.weights}"]
-        return [*lines, *_lookup(grid), f"we = coefficients + row * {(grid.order + 1) * tp.weights}"]
-
-    def _addresses(self) -> dict[str, str]:
-        tp = self.kernel.product
-        weights = {path.weight for path in tp.paths if path.weight >= 0}
-        return {"y": "ye + {row}", **{f"w{w}": f"we + {{row}} * {tp.weights} + {w}" for w in weights}}
-
-    def _registers(self, lane: Lane) -> dict[str, str]:
-        tp = self.kernel.product
-        found = {"u": "u", "gy": f"gy{lane.channels}_{{row}}", "gr": f"gr{lane.channels}"}
-        for letter, irreps in (("x", tp.irreps1), ("o", tp.irreps_out)):
-            for s, _ in enumerate(segments(irreps)):
-                found |= {f"{letter}{s}": f"{letter}{s}_{{row}}", f"g{letter}{s}": f"g{letter}{s}_{{row}}"}
-        return found | {f"gw{path.weight}": f"gw{path.weight}" for path in tp.paths}
-
-    def _forward(self) -> list[str]:
-        tp = self.kernel.product
-        edge = self._load("x", tp.irreps1, "xe")
-        for lane, lanes in self._programs():
-            edge += statements(lanes, self._addresses(), self._registers(lane), lane, f"t{lane.channels}_")
-        out = list(self._rows("go", tp.irreps_out))
-        return [
-            *(f"{name} = {self._zeros(lane)}" for name, lane, _, _ in out),
-            *self._loop("size", [f"xe = x + tl.load(sender + e) * {dim(tp.irreps1)}", *edge]),
-            f"on = out + n * {dim(tp.irreps_out)}",
-            *(lane.store(f"on + {at}", name, stride) for name, lane, at, stride in out),
-        ]
-
-    def _gradient(self) -> list[str]:
-        tp, (by_x, by_y, by_radial) = self.kernel.product, self.kernel.needs
-        edge, write = self._load("o", tp.irreps_out, "ge"), []
-        columns: dict[int, list[str]] = {}
-        slopes: list[str] = []
-        for lane, lanes in self._programs():
-            kept = {i.array: lane for i in lanes.live() if i.operation == "accumulate" and i.array.startswith("gw")}
-            rows = sorted({i.at for i in lanes.live() if i.operation == "accumulate" and i.array == "gy"})
-            radial = any(i.array == "gr" for i in lanes.live())
-            names = [f"gy{lane.channels}_{row}" for row in rows] + [f"gr{lane.channels}"] * radial + list(kept)
-            edge += [f"{name} = {self._zeros(lane)}" for name in names]
-            edge += statements(lanes, self._addresses(), self._registers(lane), lane, f"t{lane.channels}_")
-            for row in rows:
-                columns.setdefault(row, []).append(f"tl.sum(gy{lane.channels}_{row}, axis=0)")
-            slopes += [f"tl.sum(gr{lane.channels}, axis=0)"] * radial
-            write += [lane.store(f"to_radial + e * {tp.weights} + {name.removeprefix('gw')}", name) for name in kept]
-        if by_y:
-            sums = [" + ".join(columns.get(j, ["0.0"])) for j in range(dim(tp.irreps2))]
-            write += [f"tl.store(to_y + e * {len(sums)} + {j}, {total})" for j, total in enumerate(sums)]
-        if by_radial and self.kernel.grid is not None:
-            total = f"({' + '.join(slopes)}) * rise" if slopes else "0.0"
-            write.append(f"tl.store(to_radial + e, {total})")
-        sums_x = list(self._rows("gx", tp.irreps1)) if by_x else []
-        return [
-            *self._load("x", tp.irreps1, f"x + n * {dim(tp.irreps1)}"),
-            *(f"{name} = {self._zeros(lane)}" for name, lane, _, _ in sums_x),
-            *self._loop("atoms", [f"ge = g + tl.load(receiver + e) * {dim(tp.irreps_out)}", *edge, *write]),
-            *(lane.store(f"to_x + n * {dim(tp.irreps1)} + {at}", name, s) for name, lane, at, s in sums_x),
-        ]
-
-
-def _lookup(grid: Grid) -> list[str]:
-    """The row of the table that edge e falls into, the variable u within it, and du/dx; see ``ir.reference.table``."""
-    per_step = grid.cells / (grid.end - grid.start)
-    far = per_step / COARSE if grid.coarse else per_step
-    lines = [
-        "r = tl.load(radial + e)",
-        *([f"r = tl.where(r > {grid.last!r}, {grid.last!r}, r)"] if grid.flat else []),
-        f"cell = tl.minimum(tl.maximum(tl.floor((r - {grid.start!r}) * {per_step!r}), 0.0), {grid.cells - 1}.0)",
-        f"cell = tl.where(r >= {grid.start!r}, cell, -1.0)",  # false for a NaN, which must not number a row
-        f"u = ((r - {grid.start!r}) - cell * {grid.step!r}) * {per_step!r}",
-        f"rise = r * 0.0 + {per_step!r}",
-    ]
-    if grid.coarse:
-        lines += [
-            f"beyond = (r - {grid.end!r}) * {far!r}",
-            f"within = tl.minimum(tl.maximum(tl.floor(beyond), 0.0), {grid.coarse - 1}.0)",
-            f"cell = tl.where(r >= {grid.end!r}, within + {grid.cells}.0, cell)",
-            f"u = tl.where(r >= {grid.end!r}, beyond - within, u)",
-            f"rise = tl.where(r >= {grid.end!r}, {far!r}, rise)",
-        ]
-    return [
-        *lines,
-        f"u = tl.where(r >= {grid.last!r}, (r - {grid.last!r}) * {far!r}, u)",
-        f"row = tl.where(r >= {grid.last!r}, {grid.cells + grid.coarse}.0, cell).to(tl.int64) + 1",
-        "if species is not None:",
-        f"    row += tl.load(species + e) * {grid.rows}",
-    ]
+def by_width(width: int, each: int) -> tuple[Config, ...]:
+    """Numbers of warps for blocks of ``width`` lanes; first the one that gives each thread ``each`` of them."""
+    best = max(1, min(WARPS[-1], width // (THREADS * each)))
+    return tuple(map(Config, sorted((w for w in WARPS if w * THREADS <= max(width, THREADS)), key=lambda w: w != best)))

@@ -49,8 +49,8 @@ def edges_of(node: fx.Node) -> Edges:
     _check(node)
     args: Any = node.args
     x1, x2, weight, _, spec, _ = args
-    if not _is_gather(x1):
-        what = f"its x2, {x2.name}, is gathered and its x1 is not" if _is_gather(x2) else "its x1 is not gathered"
+    if not is_gather(x1):
+        what = f"its x2, {x2.name}, is gathered and its x1 is not" if is_gather(x2) else "its x1 is not gathered"
         raise Refused(what, x1)
     x, sender = x1.args
     return Edges(x, sender, x2, weight, spec, _table(weight))
@@ -75,7 +75,7 @@ def gradient_of(node: fx.Node, known: list[Edges], first: Container[Gradient]) -
     """Which gradient a node is of which ``known`` product, those of ``first`` before others; slot, and what has it."""
     _check(node)
     out: Any = node.args[3]
-    if not _is_gather(out):
+    if not is_gather(out):
         raise Refused(f"the gradient of its result, {out.name}, is not gathered", out)
     (g, receiver), wrt = out.args, node.args[5]
     slot = GRADIENTS.index(str(wrt))
@@ -98,7 +98,7 @@ def gradient_of(node: fx.Node, known: list[Edges], first: Container[Gradient]) -
 def _belongs(node: fx.Node, edges: Edges) -> bool:
     args: Any = node.args
     x1, x2, weight, _, spec, wrt = args
-    gathered = x1.args if _is_gather(x1) else None
+    gathered = x1.args if is_gather(x1) else None
     given = {"x1": gathered, "x2": x2, "weight": weight}
     own = {"x1": (edges.x, edges.sender), "x2": edges.y, "weight": edges.weight}
     return spec == edges.spec and all(given[name] == own[name] for name in own if name != wrt)
@@ -133,7 +133,8 @@ def _check(node: fx.Node) -> None:
         raise Refused(f"kernels compute in float32 or float64 throughout, its operands are {', '.join(types)}")
 
 
-def _is_gather(value: Any) -> bool:
+def is_gather(value: Any) -> bool:
+    """Whether it is rows of a tensor by an index."""
     return isinstance(value, fx.Node) and value.target is ops.gather
 
 

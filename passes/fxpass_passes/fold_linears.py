@@ -21,7 +21,6 @@ from .linear_maps import (
     Blocks,
     add_to,
     blocks_of,
-    composed,
     is_quantized,
     joined,
     linear_map,
@@ -29,7 +28,6 @@ from .linear_maps import (
     oriented,
     product,
     reading,
-    transposed,
 )
 
 aten = torch.ops.aten
@@ -89,14 +87,14 @@ class _Folding:
         inner, outer = oriented(first), oriented(match.root)
         if segments(inner.irreps_out) != segments(outer.irreps_in):
             return refuse(f"{inner.irreps_out} is read as {outer.irreps_in}", first)
-        cost, now = composed(first, match.root).flops(), inner.flops() + outer.flops()
+        cost, now = inner.then(outer).flops(), inner.flops() + outer.flops()
         if cost >= now:
             return refuse(f"one map would cost {cost} FLOPs for each row, where the two cost {now}", first)
         return None
 
     def compose(self, match: Match, program: Program, builder: Builder, *, first: fx.Node) -> fx.Node:
         blocks = product(blocks_of(program, first), blocks_of(program, match.root))
-        return self.build(match, builder, composed(first, match.root), blocks, first, match.root)
+        return self.build(match, builder, oriented(first).then(oriented(match.root)), blocks, first, match.root)
 
     def may_add(self, match: Match, program: Program, *, first: fx.Node, second: fx.Node) -> Refused | None:
         if refused := self.unknown(first, second):
@@ -134,7 +132,7 @@ class _Folding:
         """The map with ``blocks``; of two transposed maps it is one too, so that it has the forward map's weights."""
         backward = first.args[-1] == second.args[-1] == "x"
         if backward:
-            layout, blocks = transposed(layout), {(o, i): block.T for (i, o), block in blocks.items()}
+            layout, blocks = layout.transposed, {(o, i): block.T for (i, o), block in blocks.items()}
         linear, weights = joined(layout, blocks)
         old, x, value = first.args[1], operand(first), first.meta["val"]
         assert isinstance(old, fx.Node)

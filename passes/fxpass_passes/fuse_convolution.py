@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxpass.ir import ops
 from fxpass.ir.convolution import convolution, convolution_gradient, rows_by
+from fxpass.ir.guards import guards, region_of, side_and_region
 from fxpass.ir.metadata import provenance, set_provenance
+from fxpass.ir.ops import tensor_product
 from fxpass.ir.program import Program
 from fxpass.passes import Application, Exactness, Outcome, Pass, Refusal
 from fxpass.rewrite import erase_unused
 
+from .edge_factors import EdgeFactors
 from .edge_products import Edges, Gradient, Refused, edges_of, gradient_of, rows_of, sums_of
 
 aten = torch.ops.aten
@@ -39,7 +41,9 @@ class FuseConvolution(Pass):
         by_r = sum(mul(b, table(r, .., grid, 1)), [1])
 
     Weights that are no table are taken as they are, and so is the gradient by them. Gradients that are not in the
-    graph are not asked for.
+    graph are not asked for. A number for each edge that multiplies the product or its weights, ``[edges, 1]``, goes to
+    y, which is narrow; gradients by the weights of one table that were added are taken apart again. A guarded region
+    of which only fused ops are left needs no guards: an op is fused, reordered and decomposed as a whole or not at all.
 
     Holds when: x1 is gathered, kernels take the tensor product (``fxpass.ir.convolution.fusible``) in float32 or
     float64, messages are summed and read by nobody else, and the gradient of a result is gathered. A gradient
@@ -53,9 +57,41 @@ class FuseConvolution(Pass):
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATES
 
     def apply(self, program: Program) -> Outcome:
+        opened = open_regions(program.graph, self.absorbed(program))
         fusion = _Fusion(program, self.name)
         fusion.run()
+        fusion.applications += (
+            Application("guarded-region", gone[0].name, region, removed=len(gone)) for region, gone in opened.items()
+        )
         return Outcome(program, bool(fusion.applications), tuple(fusion.applications), tuple(fusion.refusals))
+
+
+    def absorbed(self, program: Program) -> set[str]:
+        """The guarded regions of which nothing is left but fused ops, once their guards are gone."""
+        regions = region_of(program.graph)
+        found = {region for node, region in regions.items() if node.target is tensor_product}
+        while found:
+            trial = program.copy()
+            open_regions(trial.graph, found)
+            _Fusion(trial, self.name).run()
+            names = {node.name for node in trial.graph.nodes}
+            left = {region for node, region in regions.items() if node.name in names}
+            if not found & left:
+                break
+            found -= left
+        return found
+
+
+def open_regions(graph: fx.Graph, names: set[str]) -> dict[str, list[fx.Node]]:
+    """Take away the guards of some regions, in place; those of each."""
+    removed: dict[str, list[fx.Node]] = {}
+    for guard in guards(graph):
+        _, region = side_and_region(guard)
+        if region in names:
+            guard.replace_all_uses_with(guard.all_input_nodes[0])
+            graph.erase_node(guard)
+            removed.setdefault(region, []).append(guard)
+    return removed
 
 
 class _Fusion:
@@ -66,9 +102,13 @@ class _Fusion:
         self.sorted: dict[tuple[fx.Node, str], fx.Node] = {}
 
     def run(self) -> None:
-        products = [n for n in self.graph.find_nodes(op="call_function", target=ops.tensor_product) if n.users]
-        forward = {n: self.attempt(n, edges_of) for n in products if n.args[5] == "out"}
+        factors = EdgeFactors(self.graph, self.name)
+        factors.move()
+        forward = {n: self.attempt(n, edges_of) for n in factors.products() if n.args[5] == "out"}
         known = list(dict.fromkeys(edges for edges in forward.values() if edges))
+        factors.distribute(known)
+        self.applications += factors.applications
+        products = factors.products()
         gradients: dict[Gradient, list[tuple[int, fx.Node]]] = {}
         # one with respect to x1 does not say which x1: it joins the others, which do
         for node in sorted(products, key=lambda n: n.args[5] == "x1"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, fx
 
@@ -36,23 +34,10 @@ def operand(node: fx.Node) -> fx.Node:
     return x
 
 
-def transposed(linear: Linear) -> Linear:
-    """The layouts and paths of the transposed map; weights stay as they lie."""
-    paths = tuple(replace(p, i=p.o, o=p.i) for p in linear.paths)
-    return replace(linear, irreps_in=linear.irreps_out, irreps_out=linear.irreps_in, paths=paths)
-
-
 def oriented(node: fx.Node) -> Linear:
     """A map from what it reads to what it returns."""
     linear = parse_linear(str(node.args[-2]))
-    return linear if node.args[-1] == "out" else transposed(linear)
-
-
-def composed(inner: fx.Node, outer: fx.Node) -> Linear:
-    """Layouts and paths of the map ``outer`` of ``inner``, from what it reads to what it returns."""
-    a, b = oriented(inner), oriented(outer)
-    ends = sorted({(p.i, q.o) for p in a.paths for q in b.paths if p.o == q.i})
-    return Linear(a.irreps_in, b.irreps_out, tuple(LinearPath(i, o, 0, 1.0) for i, o in ends), 0, shared=True)
+    return linear if node.args[-1] == "out" else linear.transposed
 
 
 def add_to(blocks: Blocks, ends: tuple[int, int], block: Tensor) -> None:
