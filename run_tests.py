@@ -25,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
+#: markers of the families whose packages need e3nn 0.6
+FAMILIES = ("nequip", "sevenn", "schnetpack")
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Environment:
 
 
 ENVIRONMENTS = (
-    Environment("mace", ("-e", ".[mace,triton,dev]"), lacks=()),
+    Environment("mace", ("-e", ".[mace,triton,dev]"), lacks=FAMILIES),
     Environment(
         "e3nn06",
-        ("-e", ".[ase,dev]", "e3nn>=0.6,<0.7"),
+        ("-e", ".[ase,dev,nequip,allegro,sevennet,schnetpack]", "e3nn>=0.6,<0.7"),
+        alone=("schnetpack==2.1.1",),
         lacks=("mace", "once", "triton"),
     ),
 )

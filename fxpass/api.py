@@ -20,7 +20,7 @@ from .calibration import sampled, trajectories
 from .capture.capture import copy_model
 from .committee import Committee, join
 from .errors import FxpassError, Location, PackageError, PassError, UnsupportedModelError, UsageError, VerificationError
-from .frontends.base import Frontend, dtype_of
+from .frontends.base import Frontend, converted
 from .ir.program import Program
 from .ir.snapshot import snapshot
 from .ir.verifier import verify as verify_program
@@ -45,7 +45,10 @@ Progress = Callable[[str], None]
 UNVERIFIED = "verification was turned off: nothing was compared with the original"
 
 #: packages whose versions a report records
-VERSIONED = ("fxpass", "torch", "e3nn", "numpy", "mace-torch")
+VERSIONED = (
+    *("fxpass", "torch", "e3nn", "numpy"),
+    *("mace-torch", "nequip", "nequip-allegro", "sevenn", "schnetpack"),
+)
 
 
 @dataclass
@@ -88,9 +91,10 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
     """Compile a potential to a verified drop-in replacement.
 
     Args:
-        model: a model of a family that has a frontend, or the path of its checkpoint.  Never modified.
-            Loading a checkpoint unpickles it, which runs code it names.  A list of these, or of optimised models,
-            becomes one :class:`fxpass.committee.Committee`.
+        model: a model of a family that has a frontend, the path of its checkpoint, or the name of one that the
+            family's package brings with it, such as ``"7net-0"``.  Never modified.  Loading a checkpoint unpickles
+            it, which runs code it names.  A list of these, or of optimised models, becomes one
+            :class:`fxpass.committee.Committee`.
         passes: a preset (``"exact"``, ``"default"``, ``"portable"``), a pipeline text such as
             ``"fold-constants,specialize-heads{head=0}"``, a pass instance, or a list that mixes these.
             ``differentiate`` is added at the end where the passes leave it out.
@@ -186,7 +190,7 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
     def rebuild(dtype: torch.dtype, device: torch.device) -> Optimized:
         if device.type != "cpu":
             raise UsageError(f"an optimised model cannot move to {device} yet", hint="the original model there")
-        other = copy_model(source).to(dtype)
+        other = converted(source, dtype)
         return optimize(
             other, chosen, example=structures, calibration=learnt or None, target=target, budget=budget, verify=verify
         )
@@ -266,8 +270,9 @@ def verify(
             if there != here:
                 raise VerificationError(f"this is not the original: {key} is {there} there, {here} in the result")
         dtype = getattr(torch, optimized.facts["dtype"])
-        if dtype_of(model) != dtype:
-            model = copy_model(model).to(dtype)
+        if facts["dtype"] != optimized.facts["dtype"]:
+            model = converted(model, dtype)
+            facts = frontend.attributes(model)
         model, _ = frontend.reference(model)
         chosen = [registry.pass_class(r.name) for r in optimized.report.records if r.name in registry.names(PASSES)]
         eager: Target = registry.target("eager")()
@@ -289,9 +294,12 @@ def open_model(model: nn.Module | str | Path) -> tuple[nn.Module, Frontend]:
     known = ", ".join(f.name for f in frontends) + broken
     if isinstance(model, (str, Path)):
         path = Path(model)
-        if not path.is_file():
-            raise UsageError(f"there is no file {path}", hint="check the path of the checkpoint")
-        reader = next((f for f in frontends if f.reads(str(path))), None)
+        names = {name: f for f in frontends for name in getattr(f, "names", ())}
+        if not path.is_file() and str(model).lower() not in names:
+            shipped = f", or one of {', '.join(names)}" if names else ""
+            raise UsageError(f"there is no file {path}", hint=f"check the path of the checkpoint{shipped}")
+        readers = (f for f in frontends if f.reads(str(path)))
+        reader = next(readers, None) if path.is_file() else names[str(model).lower()]
         if reader is None:
             raise UnsupportedModelError(f"{path} is not a checkpoint of a known family", hint=f"one of {known}")
         model = _load(reader, path)

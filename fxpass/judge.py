@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture.capture import copy_model
 from .errors import FxpassError, Location, VerificationError
-from .frontends.base import Frontend, dtype_of
+from .frontends.base import Frontend, converted
 from .instruments import bisect
 from .ir.decompositions import decompose
 from .ir.program import Program
@@ -55,17 +54,19 @@ class Judge:
     def probes(self) -> tuple[Structure, ...]:
         """The frontend's probe structures, and one of them for every further head."""
         probes = probe_structures(self.facts["numbers"], self.facts["cutoff"])
-        heads = self.facts.get("heads", [])[1:]
-        return (*probes, *(replace(probes[0], name=f"{probes[0].name}, head {h}", head=h) for h in heads))
+        heads = self.facts.get("heads", [])
+        if len(heads) > 1:  # a model may refuse to choose
+            probes = tuple(replace(probe, head=heads[0]) for probe in probes)
+        return (*probes, *(replace(probes[0], name=f"{probes[0].name}, head {h}", head=h) for h in heads[1:]))
 
     def evaluator(self, module: nn.Module) -> Evaluator:
         return lambda structure: self.frontend.evaluate(module, structure)
 
     def receipt(self, interface: nn.Module, program: Program, structures: Sequence[Structure]) -> Receipt:
         """Compare ``interface``; derivatives are tested on ``program`` in float64, before lowering rounds constants."""
-        dtype = str(dtype_of(self.model)).removeprefix("torch.")
+        dtype = self.facts["dtype"]
         single = dtype == "float32"
-        reference = self.evaluator(copy_model(self.model).double())
+        reference = self.evaluator(converted(self.model, torch.float64))
         twin = None
         if single or self.exactness is Exactness.APPROXIMATE:  # which may compute in more than one type
             facts = {**self.facts, "dtype": "float64"}

@@ -65,25 +65,41 @@ class Grid:
             raise UsageError(f"A table cannot run from {self.start:g} to {self.end:g} in {self.cells} cells.")
 
     @classmethod
-    def fitted(cls, order: Order, start: float, end: float, step: float, *, reach: float = 0.0) -> Grid:
+    def fitted(
+        cls, order: Order, start: float, end: float, step: float, *, reach: float = 0.0, kink: float | None = None
+    ) -> Grid:
         """The grid to exactly ``end`` with the widest step that divides the range, ``step`` at most.
 
         The step is rounded up to ``STEP_BITS`` bits, and the grid begins that little before ``start``: multiples of
         the step are then exact in float32, and so is what is left of x within its cell.
 
-        With ``reach`` above ``end`` a coarse extension goes on from there to ``reach`` or just beyond.
+        With ``reach`` above ``end`` a coarse extension goes on from there to ``reach`` or just beyond.  With a
+        ``kink`` between the ends there is a knot at it, a power of two of steps before ``end``, and the grid begins up
+        to a step before ``start``; the step is then not rounded.
 
         Raises:
             UsageError: an empty range, or a step that is no positive number.
         """
         if not (isfinite(step) and step > 0):
             raise UsageError(f"A table cannot have the step {step}.", hint="a positive number.")
+        if kink is not None:
+            return cls._with_knot(order, start, end, step, kink)
         cells = max(1, ceil((end - start) / step * (1 - 1e-9)))  # 5.0 / 0.01 is 500 cells, whatever it rounds to
         width = (end - start) / cells
         unit = 2.0 ** (floor(log2(width)) - STEP_BITS + 1) if width > 0 else 1.0
         grid = cls(order, end - cells * ceil(width / unit) * unit, end, cells)
         coarse = ceil((reach - end) / (COARSE * grid.step) * (1 - 1e-9)) if reach > end else 0
         return replace(grid, coarse=coarse)
+
+    @classmethod
+    def _with_knot(cls, order: Order, start: float, end: float, step: float, kink: float) -> Grid:
+        after = 1
+        while True:
+            width = (end - kink) / after
+            before = ceil((kink - start) / width * (1 - 1e-9))
+            if width <= step * (1 + 1e-9) and kink - before * width > start / 2:  # lengths are positive
+                return cls(order, kink - before * width, end, before + after)
+            after *= 2
 
     @property
     def step(self) -> float:

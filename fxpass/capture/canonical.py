@@ -50,6 +50,8 @@ def _gather(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
             return ops.gather, (x, indices[0])
     if node.target is aten.index_select.default and node.args[1] == 0:
         return ops.gather, (node.args[0], node.args[2])
+    if node.target is aten.embedding.default and _is_index(node.args[1]):
+        return ops.gather, node.args[:2]  # the rest of its arguments concern its derivative by the weights
     return None
 
 

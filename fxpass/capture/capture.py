@@ -33,10 +33,15 @@ UNINITIALISED = (
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy, also of models whose parameters are of a class that cannot copy itself (MACE's ``EmptyParam``)."""
+    """A deep copy, also of models whose parameters cannot copy themselves (MACE's ``EmptyParam``).
+
+    Nor can scripted functions, which the copy shares with the model.
+    """
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in model.parameters()
     }
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    memo.update({id(value): value for value in attributes if isinstance(value, torch.jit.ScriptFunction)})
     return copy.deepcopy(model, memo)
 
 

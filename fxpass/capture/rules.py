@@ -7,6 +7,7 @@ group ``fxpass.module_rules`` (name = qualified class name).  Modules without a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -283,14 +284,14 @@ def install(model: nn.Module, rules: Mapping[str, Rule]) -> nn.Module:
             raise UnsupportedModelError(
                 f"{type(owner).__name__} holds compiled TorchScript code, which would freeze the traced sizes",
                 where=Location(module_path=path),
-                hint=f"register a module rule for {_qualified(type(owner))} (entry point group fxpass.module_rules)",
+                hint=f"register a module rule for {qualified(type(owner))} (entry point group fxpass.module_rules)",
             )
     return replaced
 
 
 def _install(module: nn.Module, rules: Mapping[str, Rule], path: str) -> nn.Module:
     for cls in type(module).__mro__:
-        rule = rules.get(_qualified(cls))
+        rule = rules.get(qualified(cls))
         if rule is not None:
             return rule(module, path)
     for name, child in module.named_children():
@@ -300,5 +301,6 @@ def _install(module: nn.Module, rules: Mapping[str, Rule], path: str) -> nn.Modu
     return module
 
 
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def qualified(cls: type) -> str:
+    """The name by which a class is imported; ``torch.package`` puts ``<torch_package_0>.`` before it."""
+    return re.sub(r"^<torch_package_\d+>\.", "", f"{cls.__module__}.{cls.__qualname__}")

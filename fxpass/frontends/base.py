@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..capture.capture import copy_model
 from ..ir.program import Program
 from ..structures import Evaluation, Neighbours, Structure, neighbour_list
 
@@ -29,6 +30,7 @@ class Frontend(Protocol):
         name: the family's name, as registered in the entry-point group ``fxpass.frontends``.
         extra: the pip extra that brings the family's package, e.g. ``"mace"``.
         tested: versions of the family's package that are tested, for ``fxpass doctor``.
+        names: in lower case, of models that the package brings with it and ``load`` takes; may be left out.
     """
 
     name: ClassVar[str]
@@ -91,6 +93,19 @@ class Frontend(Protocol):
             structure: one that passes ``Structure.check``.
             neighbours: what makes the neighbour list; also asked for atoms at the same place.
         """
+
+
+def converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``model`` that computes in ``dtype``.
+
+    ``Module.to`` casts weights alone; modules that keep the type they compute in as an attribute are told the new one.
+    """
+    replica = copy_model(model).to(dtype)
+    for module in replica.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.dtype) and value.is_floating_point:
+                setattr(module, name, dtype)
+    return replica
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -109,7 +109,7 @@ class _Proof:
         if name in ("constant_pad_nd", "cat") and not self.over_edges(node):
             raise self.broken(node, "edges are padded to a fixed number", _LIST)
         indices = self.written_by(node) if name in _WRITES else []
-        if ranked := next((index for index in indices if self.rank(index)), None):
+        if ranked := next((index for index in indices if self.rank(index) and not self.stays(index)), None):
             what = f"edges are written to slots that {ranked.name} numbers, not summed by atom"
             raise self.broken(node, what, _SUM)
         empty = name.startswith("new_") or name.endswith("_like")  # only the shape of what goes in is read
@@ -127,6 +127,12 @@ class _Proof:
             and not value.is_floating_point()
             and self.over_edges(operand)
         ]
+
+    def stays(self, index: fx.Node) -> bool:
+        """Whether integers number the edges from 0 on: what is written to these places stays a row for each edge."""
+        if _name(index) == "rows_by":  # which sorts them, and offsets with it
+            return self.stays(index.all_input_nodes[0])
+        return index.target is torch.ops.aten.arange.default and list(self.shapes(index)) == [(EDGES,)]
 
     def _rank(self, node: fx.Node) -> bool:
         """Whether integers depend on where in the list an edge stands, rather than on which atoms it joins."""

@@ -28,6 +28,8 @@ EXTENSION = 10.0  # a coarse grid goes on to this many times the end of the fine
 FLAT = 1e-13  # relative: what counts as equal in float64
 JUMP = 1e-9  # relative: what counts as continuous
 SMALL = 1e-12  # relative: a derivative at the cutoff that is rounding
+BESIDE = 1e-13  # relative: how far from a kink its sides are taken
+KINK = 1e-6  # relative: a jump of f'' that takes a knot
 
 
 class NotTabulable(UsageError):
@@ -44,6 +46,7 @@ class Domain:
         flat: the function is constant beyond ``end``.
         cutoff: length in Angstrom beyond which it is constant; None where it never is.
         is_length: the variable is the length of the edge.
+        kink: where the second derivative jumps, which takes a knot; None where it does nowhere.
     """
 
     start: float
@@ -52,6 +55,7 @@ class Domain:
     flat: bool
     cutoff: float | None
     is_length: bool
+    kink: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def domain(
     if end is None or end <= r_min:
         raise _refused(function, "it is not constant beyond any cutoff, so that its range has no end", "r_max=")
     if is_length:
-        return Domain(r_min, end, 0.0, cutoff is not None and cutoff <= end, cutoff, True)
+        return Domain(r_min, end, 0.0, cutoff is not None and cutoff <= end, cutoff, True, _kink(function, r_min, end))
     with torch.no_grad():
         inside = function.of_length(torch.linspace(r_min, end, 4001, dtype=torch.float64))
         closest = function.of_length(torch.tensor([r_min / 10, r_min], dtype=torch.float64))
@@ -160,6 +164,22 @@ def _cutoff(function: ScalarFunction, r_min: float) -> float | None:
     return min(near) if near else 1.02 * found
 
 
+def _kink(function: ScalarFunction, start: float, end: float) -> float | None:
+    """The number in the graph at which f'' jumps, as it does where an envelope is switched on; None if not just one.
+
+    ``start`` and ``end`` themselves do not count: they are knots in any case.
+    """
+    near = [c for c in function.literals() if start * (1 + 1e-6) < c < end * (1 - 1e-6)]
+    if not near:
+        return None
+    sides = np.array([[c * (1 - BESIDE), c * (1 + BESIDE)] for c in near]).flatten()
+    curvature = _jet(function, sides, 0)[2]
+    scale = float(np.abs(_jet(function, np.linspace(start, end, 201)[:-1], 0)[2]).max())
+    jumps = np.abs(curvature[1::2] - curvature[::2]).max(axis=1) > KINK * scale
+    kinks = [c for c, jump in zip(near, jumps, strict=True) if jump]
+    return kinks[0] if len(kinks) == 1 else None
+
+
 def fit(function: ScalarFunction, where: Domain, order: Order, step: float, used: float = 0.0) -> Fit:
     """Tables with the widest step that divides the range, ``step`` at most.
 
@@ -173,9 +193,13 @@ def fit(function: ScalarFunction, where: Domain, order: Order, step: float, used
     Raises:
         NotTabulable: a jump at the cutoff, no derivative, or one that is not finite.
     """
-    grid = replace(Grid.fitted(order, where.start, where.end, step, reach=where.reach), flat=where.flat)
+    fitted = Grid.fitted(order, where.start, where.end, step, reach=where.reach, kink=where.kink)
+    grid = replace(fitted, flat=where.flat)
     x = np.linspace(grid.start, grid.end, DENSE * grid.cells + 1)
     x[-1] = grid.end - 1e-14 * abs(grid.end)  # what a comparison with the cutoff leaves inside
+    before = 0 if where.kink is None else round((where.kink - grid.start) / grid.step)  # cells
+    if where.kink is not None:
+        x[DENSE * before] = where.kink * (1 + BESIDE)  # the right side, whatever the comparison is
     _check_derivatives(function, grid)
     used_at = np.flatnonzero(x >= used)
     first = int(used_at[0]) if len(used_at) else 0
@@ -189,10 +213,21 @@ def fit(function: ScalarFunction, where: Domain, order: Order, step: float, used
         if grid.coarse:
             far = _jet(function, grid.knots()[grid.cells + 1 :], number)
             knots = [np.concatenate(pair) for pair in zip(knots, far, strict=True)]
-        rows = torch.from_numpy(coefficients(grid, *knots))
+        table_rows = coefficients(grid, *knots)
+        spread = np.abs(np.diff(dense[2], n=order - 1, axis=0))
+        if where.kink is not None:
+            beside = _jet(function, np.array([where.kink * (1 - BESIDE)]), number)
+            for knot, value in zip(knots, beside, strict=True):
+                knot[before] = value[0]
+            table_rows[:, before] = coefficients(grid, *knots)[:, before]  # of its cell; the first row is below all
+            at, width = DENSE * before, order - 1
+            left = np.concatenate([dense[2][at - width : at], beside[2]])
+            spread[at - width] = np.abs(np.diff(left, n=width, axis=0))[0]
+            spread[at - width + 1 : at] = 0.0  # differences across the kink
+        rows = torch.from_numpy(table_rows)
         points = torch.from_numpy(x)
         errors = [(table(points, None, rows, str(grid), d).numpy() - dense[d])[:-1] for d in (0, 1)]
-        spread = np.abs(np.diff(dense[2], n=order - 1, axis=0)) / (grid.step / DENSE) ** (order - 1)
+        spread /= (grid.step / DENSE) ** (order - 1)
         blocks.append(rows)
         value_errors.append((np.abs(errors[0]), VALUE_CONSTANT[order] * grid.step ** (order + 1) * spread))
         slope_errors.append((np.abs(errors[1]), SLOPE_CONSTANT[order] * grid.step**order * spread))
@@ -336,7 +371,7 @@ def curves(
         own = [table(x, each, stored.double(), str(grid), d) for d in (0, 1)]
         value = torch.maximum(value, (own[0] - exact[0]).abs().amax(1))
         slope = torch.maximum(slope, (own[1] - exact[1]).abs().amax(1))
-    where = Domain(grid.start, grid.end, 0.0, grid.flat, None, False)
+    where = Domain(grid.start, grid.end, 0.0, grid.flat, None, False, _kink(function, grid.start, grid.end))
     orders: tuple[Order, Order] = (3, 5)
     by_order = {}
     for order in orders:
