@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -284,8 +284,8 @@ def _time(
     facts = frontend.attributes(model)
     edges, _ = neighbour_list(structure, facts["cutoff"])
     computes = "energy and forces" if frontend.evaluate(model, structure).stress is None else "energy, forces, stress"
-    calls: dict[tuple[str, str], Call] = {(ORIGINAL, ""): _call(model, frontend, structure)}
-    calls |= {key: _call(result, frontend, structure) for key, result in results.items()}
+    calls: dict[tuple[str, str], Call] = {(ORIGINAL, ""): call_of(model, frontend, structure)}
+    calls |= {key: call_of(result, frontend, structure) for key, result in results.items()}
     memory = {key: peak_memory(call) for key, call in calls.items()} if arguments.memory else {}
     taken = by_turns(calls, arguments.repeat)
     peaks = Peaks.measure(getattr(torch, facts["dtype"])) if arguments.roofline else None
@@ -312,16 +312,31 @@ def _cost(result: Optimized) -> Cost:
     return program_cost(legal(result.program, result.target, default_registry()).program)
 
 
-def _call(module: nn.Module, frontend: Frontend, structure: Structure) -> Call:
-    """The call that the family makes of ``module`` to evaluate ``structure``, without what it does around it."""
+def call_of(module: nn.Module, frontend: Frontend, structure: Structure) -> Call:
+    """The call that the family makes of ``module`` to evaluate ``structure``, without what it does around it.
+
+    Each call has copies of its own of the tensors in dictionaries: some models write into these.
+    """
     seen: list[tuple[Any, Any]] = []
-    hook = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+
+    def see(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((tuple(map(_fresh, args)), kwargs))
+
+    hook = module.register_forward_pre_hook(see, with_kwargs=True)
     try:
         frontend.evaluate(module, structure)
     finally:
         hook.remove()
     args, kwargs = seen[0]
-    return partial(module, *args, **kwargs)
+    return lambda: module(*map(_fresh, args), **kwargs)
+
+
+def _fresh(given: Any) -> Any:
+    if not isinstance(given, dict):
+        return given
+    copies = copy.copy(given)
+    copies.update({k: v.detach().clone() for k, v in given.items() if isinstance(v, torch.Tensor)})
+    return copies
 
 
 class _Programs:
@@ -349,7 +364,7 @@ def _steps(programs: _Programs, result: Optimized, structure: Structure, repeat:
         fit = legal(program, result.target, registry).program
         costs.append(program_cost(fit))
         interface = lower(fit, result.target, result.frontend, result.facts)
-        calls.append(_call(interface, result.frontend, structure))
+        calls.append(call_of(interface, result.frontend, structure))
     taken = by_turns(dict(enumerate(calls)), repeat)
     peaks = Peaks.measure(getattr(torch, result.facts["dtype"]))
     edges, _ = neighbour_list(structure, result.facts["cutoff"])

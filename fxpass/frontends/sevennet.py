@@ -162,7 +162,9 @@ class SevenNetFrontend:
             neighbours,
             batched=bool(model.is_batch_data if original else model._is_batch_data),
         )
-        result = _by_modules(model, data, dtype) if original else model(data)
+        # its own forward knows float32 alone, and modalities by name in a graph class of its own
+        own = not original or (dtype == torch.float32 and not _modals(model))
+        result = model(data) if own else _by_modules(model, data, dtype)
         stress = None
         if all(structure.pbc):
             xx, yy, zz, xy, yz, zx = (-result["inferred_stress"].detach().double()).flatten().tolist()
@@ -215,10 +217,7 @@ def sevennet_graph(
 
 
 def _by_modules(model: Any, data: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What ``model`` computes, its modules called one by one.
-
-    ``forward`` does the same in float32 alone: one-hot species and modalities are float32 whatever the model is.
-    """
+    """What ``model`` computes, its modules called one by one: one-hot numbers follow the type of the weights."""
     data["edge_vec"].requires_grad_(True)
     with torch.enable_grad():
         for module in model:
