@@ -127,7 +127,7 @@ def test(environment: Environment, folder: Path, arguments: list[str]) -> Step:
     lacks = environment.lacks if cuda.returncode == 0 else (*environment.lacks, "gpu")
     wanted = [f"({chosen.m})"] if chosen.m else []
     markers = " and ".join([*wanted, *(f"not {marker}" for marker in lacks)])
-    workers = str(min(os.cpu_count() or 1, 4))
+    workers = str(min((os.cpu_count() or 1) + 1, 4))  # one more than cores: they often wait for a compiler
     return run(
         f"{environment.name}: pytest",
         [python, "-m", "pytest", "-n", workers, *others, *(["-m", markers] if markers else [])],

@@ -315,8 +315,20 @@ def open_model(model: nn.Module | str | Path) -> tuple[nn.Module, Frontend]:
             where=Location(module_path="(model)", source=f"{cls.__module__}.{cls.__qualname__}"),
             hint=f"a model of {known}, or register a frontend (entry point group fxpass.frontends)",
         )
+    _no_hooks(model)
     found.check(model)
     return model, found
+
+
+def _no_hooks(model: nn.Module) -> None:
+    """Refuse a model whose hooks change what it computes: no graph has them."""
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule) and (module._forward_hooks or module._forward_pre_hooks):
+            raise UnsupportedModelError(
+                "this module has forward hooks, which a compiled model would not run",
+                where=Location(module_path=path or "(model)", source=type(module).__qualname__),
+                hint="remove them; parametrisations by hooks (weight_norm) have a function that does",
+            )
 
 
 def _load(reader: Frontend, path: Path) -> nn.Module:

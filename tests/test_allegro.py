@@ -116,6 +116,29 @@ def test_the_tensor_track_is_made_of_semantic_ops() -> None:
     assert not any("einsum" in name or "bmm" in name for name in names)
 
 
+def test_trained_biases_are_exact() -> None:
+    from nequip.nn.mlp import ScalarLinearLayer
+
+    model = allegro(num_layers=1)
+    for layer in model.modules():
+        if isinstance(layer, ScalarLinearLayer):
+            layer.bias = nn.Parameter(torch.randn(layer.weight.shape[1], dtype=torch.float64) * 0.1)
+    compare_variant(model, AllegroFrontend())
+
+
+def test_another_version_of_nequip_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = allegro(num_layers=1)
+    monkeypatch.setattr(NequipFrontend, "tested", ("0.25.0",))
+    refused(model, "nequip 0.19.1 is not covered", "0.25.0")
+
+
+def test_classes_of_others_within_a_stand_in_are_refused() -> None:
+    model = allegro(num_layers=1)
+    layers = model.model.func.allegro
+    layers.latents[0].__class__ = type("Own", (type(layers.latents[0]),), {"__module__": __name__})
+    refused(model, "the class Own is not covered", "allegro.latents.0")
+
+
 def test_accelerated_products_are_refused_by_name() -> None:
     model = allegro(num_layers=1)
     layers = model.model.func.allegro

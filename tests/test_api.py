@@ -333,6 +333,15 @@ def test_a_dump_is_never_written_over(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_model_with_hooks_is_refused(register: str) -> None:
+    hooked = model()
+    inner = next(module for name, module in hooked.named_modules() if name)
+    getattr(inner, register)(lambda *given: None)
+    with pytest.raises(fxpass.UnsupportedModelError, match="forward hooks"):
+        fxpass.optimize(hooked)
+
+
 def test_what_is_not_a_model_is_refused(observed: Observed, tmp_path: Path) -> None:
     with pytest.raises(fxpass.UsageError, match="optimised already") as found:
         fxpass.optimize(observed.result)

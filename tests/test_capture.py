@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpass
+from fxpass.algebra.spherical import spherical_harmonics
 from fxpass.capture.canonical import raise_gathers_and_scatters
 from fxpass.capture.capture import capture, prepare
 from fxpass.errors import CaptureError, PassError, UnsupportedModelError
@@ -19,6 +20,7 @@ from fxpass.ir.legalize import legalize, semantic_nodes
 from fxpass.ir.metadata import provenance
 from fxpass.ir.program import Program, TensorSpec, ancestors
 from fxpass.ir.verifier import verify
+from fxpass.models import small_potential
 
 INPUTS = (
     TensorSpec("edge_vectors", ("edges", 3), torch.float64, "1x1o", "Angstrom", frozenset({"edge_vector"})),
@@ -233,6 +235,19 @@ def test_an_energy_that_is_not_a_number_is_refused() -> None:
 
 def first(program: Program, target: Any) -> torch.fx.Node:
     return next(n for n in program.graph.nodes if n.target is target)
+
+
+def test_writing_to_weights_changes_no_other_model() -> None:
+    _, numbers = spherical_harmonics((0, 1, 2), "component", -1)
+    before = numbers.copy()
+    program = fxpass.capture(small_potential(torch.float64))
+    for weight in program.graph_module.buffers():
+        if weight.is_floating_point():
+            weight.mul_(2)
+    again = fxpass.capture(small_potential(torch.float64))
+    assert (spherical_harmonics((0, 1, 2), "component", -1)[1] == before).all()
+    doubled, fresh = (dict(p.graph_module.named_buffers()) for p in (program, again))
+    assert all(torch.equal(doubled[name], 2 * fresh[name]) for name in fresh if fresh[name].is_floating_point())
 
 
 def test_verifier_names_a_node_that_does_not_fit() -> None:

@@ -70,7 +70,7 @@ def compare(tp: TensorProduct, grid: Grid | None, dtype: torch.dtype, folder: Fi
     compiler = find_compiler()
     assert compiler is not None, "no C++ compiler was found"
     needs = [n for n in product([False, True], repeat=3) if any(n)] if grid is not GRIDS["coarse"] else [(True,) * 3]
-    kernels = [ConvolutionKernel(tp, grid, DTYPES[dtype], n) for n in [(False,) * 3, *needs]]
+    kernels = [ConvolutionKernel(tp, grid, DTYPES[dtype], n, tables) for n in [(False,) * 3, *needs]]
     libraries = build({k.name: k.source for k in kernels}, compiler, folder)
     forward, *gradients = [k.bind(libraries[k.name]) for k in kernels]
     spec, text = str(tp), "" if grid is None else str(grid)
@@ -105,11 +105,27 @@ def test_a_table_for_each_species(tmp_path: File) -> None:
     compare(product_of(4, 9), GRIDS["order 5"], torch.float32, tmp_path, tables=3)
 
 
+def test_a_table_that_there_is_not_is_refused(tmp_path: File) -> None:
+    tp, grid, compiler = product_of(4, 9), GRIDS["order 5"], find_compiler()
+    assert compiler is not None
+    kernels = [ConvolutionKernel(tp, grid, "float64", n, 3) for n in ((False,) * 3, (True,) * 3)]
+    libraries = build({k.name: k.source for k in kernels}, compiler, tmp_path)
+    forward, gradient = (k.bind(libraries[k.name]) for k in kernels)
+    x, y, g, radial, species, stored, sender, receiver, size = inputs(tp, grid, torch.float64, 37, 9, 3)
+    packed = pack(stored, torch.float64)
+    for wrong in (3, -1, 10**7):
+        species[20] = wrong
+        with pytest.raises(KernelError, match="table"):
+            forward(x, y, radial, species, packed, sender, receiver, rows_by(receiver, size), size)
+        with pytest.raises(KernelError, match="table"):
+            gradient(x, y, g, radial, species, packed, sender, receiver, rows_by(sender, 9))
+
+
 @pytest.mark.parametrize("name", [None, "order 5"])
 def test_bfloat16_features_and_tables_are_computed_with_in_float32(name: str | None, tmp_path: File) -> None:
     tp, grid, compiler = product_of(6, 11), GRIDS[name] if name else None, find_compiler()
     assert compiler is not None
-    kernels = [ConvolutionKernel(tp, grid, "bfloat16", needs) for needs in ((False,) * 3, (True,) * 3)]
+    kernels = [ConvolutionKernel(tp, grid, "bfloat16", needs, 2) for needs in ((False,) * 3, (True,) * 3)]
     libraries = build({k.name: k.source for k in kernels}, compiler, tmp_path)
     forward, gradient = [k.bind(libraries[k.name]) for k in kernels]
     for edges, atoms in [(37, 9), (0, 4), (5, 1)]:

@@ -67,7 +67,7 @@ class Layer(torch.nn.Module):
         generator = torch.Generator().manual_seed(3)
         for name, shape in (("table", (6, GRID.rows, 12)), ("weight", (32,)), ("terms", (3, len(TERMS), 4))):
             self.register_buffer(name, torch.randn(shape, dtype=F64, generator=generator))
-        self.register_buffer("harmonics", torch.from_numpy(NUMBERS).unsqueeze(1))
+        self.register_buffer("harmonics", torch.tensor(NUMBERS).unsqueeze(1))
 
     def forward(self, x: Tensor, vectors: Tensor, species: Tensor, index: Tensor) -> Tensor:
         fx = torch.ops.fxpass

@@ -97,9 +97,11 @@ def test_changed_weights_are_used_and_told(model: torch.nn.Module) -> None:
         for name, weight in copied.interface.named_parameters():
             if "program" in name:
                 weight.mul_(1.1)
-    with pytest.warns(UserWarning, match="weights of this model have changed"):
-        changed = copied.frontend.evaluate(copied, structure).energy
-    assert abs(changed - before) > 1e-3
+    again = copy.deepcopy(copied)
+    for each in (copied, again):
+        with pytest.warns(UserWarning, match="weights of this model have changed"):
+            changed = each.frontend.evaluate(each, structure).energy
+        assert abs(changed - before) > 1e-3
     assert exact.frontend.evaluate(exact, structure).energy == before
 
 

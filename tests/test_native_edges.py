@@ -111,6 +111,14 @@ def test_an_index_outside_is_left_to_torch(bad: int, functions: BoundEdges) -> N
         NativeEdges(Edges(CUTOFF), functions).forces(torch.ones(2, 3), index, positions)
 
 
+def test_shapes_that_do_not_belong_together_are_left_to_torch(functions: BoundEdges) -> None:
+    positions, index = torch.rand(3, 3), torch.tensor([[0, 1], [1, 0]])
+    assert functions.vectors(positions, index[:, :1].contiguous(), torch.zeros(2, 3)) is None
+    assert functions.vectors(positions, index, torch.zeros(1, 3)) is None
+    assert functions.forces(torch.ones(1, 3), index, positions) is None
+    assert functions.look(torch.ones(1, 3), index, 3, 0.3, CUTOFF) == 0
+
+
 def test_autograd_goes_through_torch(functions: BoundEdges) -> None:
     positions, index, shifts = given("alloy", torch.float64)
     edges = NativeEdges(Edges(CUTOFF), functions)

@@ -15,7 +15,7 @@ from torch import nn
 
 import fxpass
 from fxpass.errors import MissingExtraError, UnsupportedModelError
-from fxpass.frontends.base import Frontend
+from fxpass.frontends.base import Frontend, converted
 from fxpass.frontends.nequip import NequipFrontend
 from fxpass.structures import Structure, neighbour_list
 
@@ -26,6 +26,7 @@ NAMES = ("C", "O", "Si")
 NUMBERS = (6, 8, 14)
 BUILDER = "nequip.model.NequIPGNNModel"
 SIZES: dict[str, Any] = {"num_layers": 2, "l_max": 1, "num_features": 4, "radial_mlp_width": 8, "num_bessels": 4}
+TINY = {**SIZES, "num_layers": 1, "num_features": 2, "parity": False}
 ZBL = {"_target_": "nequip.nn.pair_potential.ZBL", "units": "metal", "chemical_species": list(NAMES)}
 CUTOFFS = {"C": 3.0, "O": {"C": 3.5, "Si": 2.5}}
 BY_TYPE = {"C": 5.0, "O": 9.0, "Si": 7.0}
@@ -140,9 +141,8 @@ def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], l
     """Same shapes and dtypes; energies within 1e-10 eV an atom and the rest within ``limit``."""
     for name in PREDICTIONS:
         value, other = expected[name].detach(), found[name].detach()
-        assert other.shape == value.shape, name
+        assert other.shape == value.shape and other.dtype == value.dtype, name
         if value.numel():
-            assert other.dtype == value.dtype, name
             assert torch.equal(other.isnan(), value.isnan()), name
             per = 0.1 * limit * (len(expected["forces"]) if name == "total_energy" else 1)
             bound = (per if "energy" in name else limit) * max(1.0, float(value.nan_to_num().abs().max()))
@@ -222,6 +222,34 @@ def test_types_that_the_model_does_not_know_are_refused() -> None:
     optimised = captured(build(), NequipFrontend())
     with pytest.raises(RuntimeError, match="atom_types must be below 3"):
         optimised({**frame(structures()[1]), "atom_types": torch.tensor([0, 1, 2, 3, 0])})
+
+
+def test_data_of_lammps_are_refused() -> None:
+    optimised = captured(build(**TINY), NequipFrontend())
+    with pytest.raises(RuntimeError, match="lmp_mliap_data is not covered"):
+        optimised({**frame(structures()[1]), "lmp_mliap_data": object()})
+
+
+def test_batch_or_num_atoms_alone_is_one_frame() -> None:
+    model = build(**TINY)
+    optimised = captured(model, NequipFrontend())
+    data = frame(structures()[0])
+    for more in ({"num_atoms": torch.tensor([8, 4])}, {"batch": torch.zeros(12, dtype=torch.int64)}):
+        compare(call(optimised, data | more), call(model, data | more))
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_energies_of_a_converted_model_stay_in_float64(name: str) -> None:
+    """And with them the shifts, which are far larger than what the weights say."""
+    dtype = getattr(torch, name)
+    options = {**TINY, "per_type_energy_shifts": {"C": -1000.1, "O": -2000.2, "Si": -8000.3}}
+    model = build(**options, model_dtype="float64" if name == "float32" else "float32")
+    optimised = captured(converted(model, dtype), NequipFrontend())
+    expected, found = (call(m, frame(structures()[0])) for m in (model, optimised))
+    assert found["total_energy"].dtype == found["atomic_energy"].dtype == torch.float64
+    assert (found["total_energy"] - expected["total_energy"]).abs().max() < 1e-4
+    assert optimised.metadata["model_dtype"] == name
+    assert optimised.metadata.keys() == model.metadata.keys()
 
 
 # ----------------------------------------------------------------------------------------------------- a whole drop-in
@@ -319,13 +347,18 @@ def checkpoint(path: Path, section: dict[str, Any]) -> Any:
     return module.model["sole_model"].eval()
 
 
-def package(path: Path, models: dict[str, nn.Module]) -> None:
+def package(path: Path, models: dict[str, nn.Module], **versions: str) -> None:
     """A file as nequip-package writes it."""
     import yaml
     from nequip.scripts import _package_utils as parts
+    from nequip.utils.versions import get_current_code_versions
 
-    kinds = dict(enumerate(NAMES))
-    facts = {"package_version_id": 2, "available_models": ["eager"], "atom_types": kinds}
+    facts = {
+        "versions": get_current_code_versions(verbose=False) | versions,
+        "package_version_id": 2,
+        "available_models": ["eager"],
+        "atom_types": dict(enumerate(NAMES)),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.package.PackageExporter(path) as exporter:
@@ -364,8 +397,16 @@ def test_a_package_of_several_models_is_refused_with_their_names(tmp_path: Path)
         fxpass.optimize(tmp_path / "two.nequip.zip")
 
 
+def test_a_package_with_the_code_of_another_version_is_refused(tmp_path: Path) -> None:
+    package(tmp_path / "old.nequip.zip", {"sole_model": build(**TINY)}, nequip="0.7.1")
+    model = NequipFrontend().load(str(tmp_path / "old.nequip.zip"))
+    refused(model, "nequip 0.7.1 is not covered", "packaged by nequip 0.19.1")
+
+
 def test_other_files_are_not_read(tmp_path: Path) -> None:
     frontend = NequipFrontend()
+    named = {"training_module": {"data": "/data/nequip.extxyz"}, "path": "nequip.extxyz", "also": "schnetpack.model"}
+    torch.save(named, tmp_path / "named.ckpt")
     torch.save({"weights": torch.ones(1)}, tmp_path / "other.ckpt")
     (tmp_path / "text.nequip.zip").write_text("no archive")
     with zipfile.ZipFile(tmp_path / "empty.nequip.zip", "w") as archive:
@@ -406,6 +447,42 @@ def test_another_version_of_the_package_is_refused(monkeypatch: pytest.MonkeyPat
     model = build(num_layers=1)
     monkeypatch.setattr(NequipFrontend, "tested", ("0.6.2",))
     refused(model, r"nequip 0\.\d+\.\d+ is not covered", "0.6.2")
+
+
+def test_a_package_without_metadata_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(**TINY)
+    monkeypatch.setattr(NequipFrontend, "package", "nequip-from-a-checkout")
+    refused(model, "of no known version", r'pip install "fxpass[nequip]"')
+
+
+def test_classes_of_others_are_refused_by_name() -> None:
+    """A subclass may compute anything; the stand-in would compute what its base does."""
+    from e3nn.o3 import Linear
+    from nequip.nn.norm import AvgNumNeighborsNorm
+
+    def own(base: type, module: str) -> type:
+        return type("Own", (base,), {"__module__": module})
+
+    for base in (AvgNumNeighborsNorm, Linear, nn.SiLU):
+        model = build(**TINY)
+        path, module = next((path, module) for path, module in model.named_modules() if type(module) is base)
+        module.__class__ = own(base, __name__)
+        refused(model, "the class Own is not covered", path)
+    module.__class__ = nn.SiLU
+    model.model.func.layer0_convnet.conv.linear_1.__class__ = own(Linear, "nequip.nn.linear")
+    refused(model, "the class Own is not covered", "layer0_convnet.conv.linear_1")
+    model = build(**TINY)
+    model.__class__ = own(type(model), "nequip.nn.graph_model")
+    refused(model, "the model class Own, which derives from GraphModel, is not covered")
+
+
+def test_a_model_made_for_lammps_is_refused() -> None:
+    from nequip.nn._ghost_exchange_lmp_mliap import LAMMPSMLIAPGhostExchangeModule
+
+    model = build(**TINY | {"num_layers": 2})
+    block = model.model.func.layer1_convnet.conv
+    block.ghost_exchange = LAMMPSMLIAPGhostExchangeModule(irreps_in=block.irreps_in)
+    refused(model, "ghost atoms", "layer1_convnet.conv.ghost_exchange", "enable_LAMMPSMLIAPGhostExchange")
 
 
 def test_accelerated_convolutions_are_refused_by_name() -> None:

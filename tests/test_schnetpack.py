@@ -376,6 +376,47 @@ def test_unknown_atomic_number(pair: tuple[Any, fxpass.Optimized]) -> None:
             call(optimised, data)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_inputs_of_a_float64_model(kind: str) -> None:
+    model = build(kind, layers=1)
+    optimised = fxpass.optimize(model, "exact", verify=False)
+    data = batch(structures()[:1], torch.float32)
+    found, expected = call(optimised, data), call(model, data)
+    assert expected["forces"].dtype == torch.float32  # gradients are of the type of what they are by
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6), name
+
+
+def test_repulsion_that_is_switched_off_within_the_cutoff() -> None:
+    spk = import_schnetpack()
+    model = build(zbl=True, layers=1)
+    model.output_modules[1].cutoff_fn = spk.nn.SwitchFunction(1.0, CUTOFF - 1).double()
+    data = batch(structures()[:2])
+    compare(call(fxpass.optimize(model, "exact", verify=False), data), call(model, data), data)
+
+
+def test_charges_of_one_name() -> None:
+    spk = import_schnetpack()
+    model = build(layers=1)
+    charges = spk.atomistic.Atomwise(n_in=8, aggregation_mode=None, output_key="q", per_atom_output_key="q")
+    offsets = spk.transform.RemoveOffsets("q", remove_mean=True, is_extensive=False)
+    offsets.mean.fill_(2.0)
+    model.output_modules.insert(0, charges.double())
+    model.postprocessors.append(offsets.double())
+    model.collect_outputs()
+    data = batch(structures()[:2])
+    compare(call(fxpass.optimize(model, "exact", verify=False), data), call(model, data), data)
+
+
+def test_reads_its_own_files_alone(tmp_path: Path) -> None:
+    frontend, path = SchNetPackFrontend(), str(tmp_path / "model")
+    torch.save(build(layers=1), path)
+    assert frontend.reads(path)
+    torch.save({"config": ["schnetpack.model", "/data/schnetpack.model.base"]}, path)
+    assert not frontend.reads(path)
+
+
 def _without_strain(spk: Any, model: Any) -> Any:
     del model.input_modules[0]
     return model
@@ -433,6 +474,51 @@ def _masses(spk: Any, model: Any) -> Any:
     return model
 
 
+def _switched(spk: Any, model: Any) -> Any:
+    model.representation.cutoff_fn = spk.nn.SwitchFunction(3.0, CUTOFF)
+    return model
+
+
+def _with_zbl(spk: Any, model: Any, cutoff_fn: Any) -> Any:
+    model.output_modules.insert(0, spk.atomistic.ZBLRepulsionEnergy("eV", "Ang", "zbl", cutoff_fn=cutoff_fn))
+    return model
+
+
+def _long_repulsion(spk: Any, model: Any) -> Any:
+    return _with_zbl(spk, model, spk.nn.CosineCutoff(CUTOFF + 2))
+
+
+def _long_switched_repulsion(spk: Any, model: Any) -> Any:
+    return _with_zbl(spk, model, spk.nn.SwitchFunction(CUTOFF, CUTOFF + 1))
+
+
+def _endless_repulsion(spk: Any, model: Any) -> Any:
+    return _with_zbl(spk, model, None)
+
+
+def _energy_after_forces(spk: Any, model: Any) -> Any:
+    model.output_modules.append(model.output_modules[0])
+    del model.output_modules[0]
+    return model
+
+
+def _energy_again(spk: Any, model: Any) -> Any:
+    model.output_modules.append(spk.atomistic.Aggregation(["energy", "energy"], output_key="energy"))
+    return model
+
+
+def _two_energies(spk: Any, model: Any) -> Any:
+    model.output_modules.insert(0, spk.atomistic.Atomwise(n_in=8, output_key="energy"))
+    return model
+
+
+def _charges_of_two_names(spk: Any, model: Any) -> Any:
+    charges = spk.atomistic.Atomwise(n_in=8, aggregation_mode=None, output_key="q", per_atom_output_key="qa")
+    model.output_modules.insert(0, charges)
+    model.postprocessors.append(spk.transform.RemoveOffsets("q", remove_mean=True, is_extensive=False))
+    return model
+
+
 def _task(spk: Any, model: Any) -> Any:
     return spk.task.AtomisticTask(model, outputs=[], optimizer_args={"lr": 1e-3})
 
@@ -448,6 +534,14 @@ REFUSED = [
     (_derived, "representation Mine is not covered"),
     (_half, "float16"),
     (_masses, "postprocessor SubtractCenterOfMass is not covered"),
+    (_switched, r"cutoff SwitchFunction is not covered.*representation\.cutoff_fn"),
+    (_long_repulsion, r"a repulsion to 6, beyond the representation's cutoff of 4.*CosineCutoff\(4\)"),
+    (_long_switched_repulsion, "a repulsion to 5, beyond the representation's cutoff of 4"),
+    (_endless_repulsion, r"a repulsion without cutoff_fn.*CosineCutoff\(4\)"),
+    (_energy_after_forces, "no output module before Forces computes one 'energy'"),
+    (_energy_again, "the output 'energy', which a module before it computes too"),
+    (_two_energies, "the output 'energy', which a module before it computes too"),
+    (_charges_of_two_names, "q and qa are one tensor.*one name for output_key and per_atom_output_key"),
     (_task, "AtomisticTask is not covered.*its attribute model"),
 ]
 

@@ -310,7 +310,7 @@ def test_a_saved_model_returns_the_same(target: str, tmp_path: Path) -> None:
 
 def test_it_has_the_attributes_of_the_original(multi_fidelity: tuple[Any, fxpass.Optimized]) -> None:
     model, optimised = multi_fidelity
-    for name in ("cutoff", "type_map", "modal_map", "eval_type_map", "is_batch_data"):
+    for name in ("cutoff", "type_map", "modal_map", "eval_type_map", "eval_modal_map", "is_batch_data"):
         assert getattr(optimised, name) == getattr(model, name), name
     assert list(inspect.signature(optimised.forward).parameters) == list(inspect.signature(model.forward).parameters)
 
@@ -339,6 +339,29 @@ def test_a_modality_must_be_named_and_the_choices_are_listed(multi_fidelity: tup
         energies.append(atoms.get_potential_energy())
         assert energies[-1] == pytest.approx(expected["inferred_total_energy"].item(), abs=1e-5)  # float32 edges there
     assert abs(energies[0] - energies[1]) > 1
+
+
+def test_a_batch_names_one_modality_for_every_structure(multi_fidelity: tuple[Any, fxpass.Optimized]) -> None:
+    model, optimised = multi_fidelity
+    optimised.set_is_batch_data(True)
+    for names in (["pbe"], ["pbe", "r2scan"], ["pbe"] * 4):
+        with pytest.raises(RuntimeError, match=f"names {len(names)} modalities for 3 structures"):
+            optimised(graph(structures()[:3], model, names))
+    optimised.set_is_batch_data(False)
+    with pytest.raises(RuntimeError, match="names 2 modalities for 1 structures"):
+        optimised(graph(structures()[0], model, ["pbe", "r2scan"]))
+
+
+def test_where_the_model_looks_up_no_names_the_number_counts() -> None:
+    model = build(**{**MODAL, "num_convolution_layer": 1})
+    model.eval_modal_map = False
+    optimised = fxpass.optimize(model, "exact", verify=False)
+    data = graph(structures()[:1], model, ["pbe"])
+    with pytest.raises(RuntimeError, match=r"names no modality \(modal_type\)"):
+        optimised(data.clone())
+    data["modal_type"] = torch.tensor([1])
+    compare(optimised(data.clone()), reference(model)(data), 12)
+    assert not optimised.sequential().eval_modal_map
 
 
 def test_the_receipt_covers_every_modality() -> None:
@@ -401,6 +424,59 @@ def test_other_models_are_refused_by_name() -> None:
         fxpass.optimize(cutoff)
 
 
+def refused(model: Any, match: str) -> None:
+    with pytest.raises(fxpass.UnsupportedModelError, match=match):
+        fxpass.api.open_model(model)
+
+
+def test_classes_derived_from_known_ones_are_refused() -> None:
+    model = build(num_convolution_layer=1)
+    for path in ("", "onehot_to_feature_x.linear", "0_equivariant_gate.gate.mul", "force_output"):
+        module = model.get_submodule(path)
+        known = type(module)
+        for package in ("e3nn.own", "own"):
+            module.__class__ = type("Own", (known,), {"forward": lambda self, *args: None, "__module__": package})
+            refused(model, rf"module Own is not covered .*{path or 'model'}.*{package}\.Own")
+        module.__class__ = known
+    fxpass.api.open_model(model)
+
+
+def test_modules_that_read_or_write_something_else_are_refused() -> None:
+    from fxpass.frontends.sevennet import SETTINGS
+
+    seen = set()
+    for settings in ({}, {"shift": -1.0, "scale": 2.0}, MODAL):
+        model = build(**{"num_convolution_layer": 1, **settings})
+        for path, module in model.named_modules():
+            for name, built in SETTINGS.get(type(module).__name__, {}).items():
+                seen.add((type(module).__name__, name))
+                setattr(module, name, "mean")
+                refused(model, rf"the {name} 'mean' of {type(module).__name__} .*{path or 'model'}.*'{built}'")
+                setattr(module, name, built)
+        fxpass.api.open_model(model)
+    assert seen == {(kind, name) for kind, names in SETTINGS.items() for name in names}
+
+
+def test_numbers_with_gaps_are_refused() -> None:
+    model = build(num_convolution_layer=1)
+    model.type_map = {8: 0, 40: 2}
+    refused(model, r"type_map has the numbers 0, 2 for 3 classes.*onehot_idx_to_onehot.*all from 0 to 2")
+    model = build(**{**MODAL, "num_convolution_layer": 1})
+    model.modal_map = {"pbe": 0, "r2scan": 2}
+    refused(model, r"modal_map has the numbers 0, 2 for 2 classes.*one_hot_modality.*all from 0 to 1")
+
+
+def test_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxpass.frontends import sevennet
+
+    def missing(name: str) -> str:
+        raise sevennet.metadata.PackageNotFoundError(name)
+
+    model = build(num_convolution_layer=1)
+    monkeypatch.setattr(sevennet.metadata, "version", missing)
+    refused(model, r"sevenn without a version is not covered, only 0\.13\.0")
+
+
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxpass.frontends import sevennet
 
@@ -425,6 +501,15 @@ def test_names_and_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> 
     torch.save({"config": {"_model_type": "E3_equivariant_model", "version": "0.13.0"}}, broken)
     with pytest.raises(fxpass.UnsupportedModelError, match=r"broken\.pth cannot be loaded"):
         fxpass.optimize(broken)
+
+
+def test_a_file_is_read_though_a_checkpoint_of_the_wheel_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": {"_model_type": "E3_equivariant_model", "version": "0.13.0"}}, "7net-0")
+    with pytest.raises(fxpass.UnsupportedModelError, match="7net-0 cannot be loaded"):
+        fxpass.api.open_model("7net-0")
 
 
 # --- what the wheel brings

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxpass.algebra.piecewise import Grid, parse_grid
+from fxpass.algebra.piecewise import PARTS, Grid, parse_grid
+from fxpass.errors import UsageError
 from fxpass.ir import ops
 from fxpass.ir.scalar_functions import scalar_functions
-from fxpass.ir.tabulation import check, domain, fit
+from fxpass.ir.tabulation import NotTabulable, check, domain, fit
 from fxpass_passes.tabulate import Tabulate
 from table_models import CUTOFF, Bessel, Pairs, program
 
@@ -64,6 +65,27 @@ def test_grids_with_a_knot_at_a_kink() -> None:
     assert 0.3 - grid.step < grid.start <= 0.3 and 4.5 in grid.knots()
     wide = Grid.fitted(3, 0.3, 5.0, 10.0, kink=4.9)
     assert wide.start > 0 and abs(wide.knots() - 4.9).min() < 1e-12
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-9, 1e-5, 1e-3])
+def test_a_kink_next_to_the_end_takes_no_knot(gap: float) -> None:
+    assert Grid.fitted(5, 0.3, 5.0, 0.04, kink=5.0 - gap) == Grid.fitted(5, 0.3, 5.0, 0.04)
+    assert Grid.fitted(5, 0.3, 5.0, 10.0, kink=5.0 - 2e-3).cells < PARTS
+
+
+def test_an_envelope_that_ends_where_it_sets_in_is_no_table() -> None:
+    on = CUTOFF - 1e-5
+    (function,) = scalar_functions(program(Pairs(lambda r: torch.sin(2 * r) * xplor(r, on)), samples=0))
+    where = domain(function, 0.5)
+    assert where.kink == on
+    with pytest.raises(NotTabulable, match="jumps by"):
+        fit(function, where, 5, 0.05)
+
+
+@pytest.mark.parametrize("start", [0.0, -1.0, 1e-9])
+def test_a_grid_with_a_knot_at_a_kink_begins_above_0(start: float) -> None:
+    with pytest.raises(UsageError, match=r"a knot at 4\.5 cannot begin at"):
+        Grid.fitted(5, start, 5.0, 0.04, kink=4.5)
 
 
 def test_smooth_functions_have_no_kink_though_they_hold_numbers() -> None:

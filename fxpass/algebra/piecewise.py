@@ -28,6 +28,7 @@ Order = Literal[3, 5]
 
 STEP_BITS = 14  # of the step: times a number of cells below 2^10 they fit into the 24 of float32
 COARSE = 10  # steps of the coarse extension are this many times wider
+PARTS = 1 << 12  # of the range: a kink less than one of them before the end is at the end
 
 #: order -> c with |f - p| <= c step^(order+1) max |f^(order+1)|
 VALUE_CONSTANT = {3: 1 / 384, 5: 1 / 46080}
@@ -75,14 +76,18 @@ class Grid:
 
         With ``reach`` above ``end`` a coarse extension goes on from there to ``reach`` or just beyond.  With a
         ``kink`` between the ends there is a knot at it, a power of two of steps before ``end``, and the grid begins up
-        to a step before ``start``; the step is then not rounded.
+        to a step before ``start``; the step is then not rounded.  Next to ``end``, less than a step and less than
+        1 / ``PARTS`` of the range before it, a kink takes no knot.
 
         Raises:
-            UsageError: an empty range, or a step that is no positive number.
+            UsageError: an empty range, a step that is no positive number, or a kink and a ``start`` as close to 0.
         """
         if not (isfinite(step) and step > 0):
             raise UsageError(f"A table cannot have the step {step}.", hint="a positive number.")
-        if kink is not None:
+        least = min(step, (end - start) / PARTS)  # what is narrower would set the width of all cells
+        if kink is not None and end - kink >= least:
+            if start < least:
+                raise UsageError(f"A table with a knot at {kink:g} cannot begin at {start:g}.", hint="further above 0.")
             return cls._with_knot(order, start, end, step, kink)
         cells = max(1, ceil((end - start) / step * (1 - 1e-9)))  # 5.0 / 0.01 is 500 cells, whatever it rounds to
         width = (end - start) / cells

@@ -148,7 +148,7 @@ class SphericalHarmonicsStandIn(nn.Module):
         poly, coefficients = spherical_harmonics(tuple(sh._ls_list), sh.normalization, parity)
         self.spec = str(poly)
         self.normalize = sh.normalize
-        self.register_buffer("coefficients", torch.from_numpy(coefficients).unsqueeze(1))
+        self.register_buffer("coefficients", torch.tensor(coefficients).unsqueeze(1))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.normalize:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ..capture.rules import Rule
 from .allegro_rules import ALLEGRO_RULES
-from .nequip import COMMON, NequipFrontend, holds_allegro, is_graph_model
+from .nequip import COMMON, NequipFrontend, check_version, holds_allegro, is_graph_model
 
 STEPS = (
     "allegro.nn.scalarembed.TwoBodySplineScalarEmbed",
@@ -27,6 +27,10 @@ class AllegroFrontend(NequipFrontend):
     covered: ClassVar[tuple[str, ...]] = (*COMMON, *STEPS)
     rules: ClassVar[Mapping[str, Rule]] = ALLEGRO_RULES
     package: ClassVar[str] = "nequip-allegro"
+
+    def check(self, model: Any) -> None:
+        check_version(NequipFrontend, model)
+        super().check(model)
 
     def recognises(self, model: Any) -> bool:
         return is_graph_model(model) and holds_allegro(model)

@@ -47,7 +47,7 @@ class Network(nn.Module):
             biases: list[Tensor | None] = [None]
         else:
             weights = [layer.weight * layer.alpha for layer in layers[::2]]
-            biases = [layer.bias for layer in layers[::2]]
+            biases = [None if layer.bias is None else layer.bias.detach() for layer in layers[::2]]
         *inner, last = weights
         last_bias = biases.pop()
         self.inner = nn.ParameterList(weight.detach() for weight in inner)

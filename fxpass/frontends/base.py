@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.capture import copy_model
+from ..capture.rules import qualified
 from ..ir.program import Program
 from ..structures import Evaluation, Neighbours, Structure, neighbour_list
 
 #: runs a lowered program: canonical inputs by name -> outputs by name
 Runner = Callable[..., tuple[Tensor, ...]]
+
+#: classes, by qualified name, that compute in float64 in a model of any dtype
+PRECISE = ("nequip.nn.atomwise.PerTypeScaleShift",)
 
 
 class Frontend(Protocol):
@@ -99,9 +103,13 @@ def converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of ``model`` that computes in ``dtype``.
 
     ``Module.to`` casts weights alone; modules that keep the type they compute in as an attribute are told the new one.
+    Those in ``PRECISE`` stay as they are.
     """
     replica = copy_model(model).to(dtype)
-    for module in replica.modules():
+    for path, module in replica.named_modules():
+        if qualified(type(module)) in PRECISE:
+            module.double().load_state_dict(model.get_submodule(path).state_dict())
+            continue
         for name, value in vars(module).items():
             if isinstance(value, torch.dtype) and value.is_floating_point:
                 setattr(module, name, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from importlib import metadata
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.package.package_importer import PackageImporter
 
 from .._torch_compat import pickle_names
 from ..capture.capture import capture, copy_model, prepare
@@ -19,6 +21,7 @@ from ..structures import SYMBOLS, Evaluation, Neighbours, Structure, neighbour_l
 from .nequip_interface import NequipInterface
 from .nequip_rules import NEQUIP_RULES, attributes_by_type
 
+MODELS = ("nequip.nn.graph_model.GraphModel", "nequip.nn.compile.CompileGraphModel")
 #: modules on the way from edges to energies that the frontend covers
 COMMON = (
     "nequip.nn._graph_mixin.SequentialGraphNetwork",
@@ -41,6 +44,14 @@ PRODUCTS = {
     "TensorProductScatter": "nequip.nn._tp_scatter_base.TensorProductScatter",
     "Contracter": "allegro.nn._strided._contract.Contracter",
 }
+GHOSTS = "nequip.nn._ghost_exchange_lmp_mliap.LAMMPSMLIAPGhostExchangeModule"
+#: packages whose modules are traced; code of others could change what a stand-in leaves out
+PACKAGES = ("nequip", "allegro", "e3nn", "torch")
+#: subclasses of what has a rule that compute the same
+DERIVED = (
+    "e3nn.o3._tensor_product._sub.FullyConnectedTensorProduct",
+    "e3nn.o3._tensor_product._sub.ElementwiseTensorProduct",
+)
 
 
 class NequipFrontend:
@@ -77,10 +88,10 @@ class NequipFrontend:
         return model.eval()
 
     def check(self, model: Any) -> None:
-        found = metadata.version(self.package)
-        if found.rpartition(".")[0] not in {version.rpartition(".")[0] for version in self.tested}:
-            what = f"{self.package} {found} is not covered"
-            raise _refused(what, "", model, f"{self.package} {' or '.join(self.tested)}")
+        check_version(type(self), model)
+        if _kind(model) not in MODELS:
+            what = f"the model class {type(model).__name__}, which derives from GraphModel, is not covered"
+            raise _refused(what, "", model, "a GraphModel")
         output = model.model
         if _kind(output) != "nequip.nn.grad_output.ForceStressOutput":
             what = f"the output module {type(output).__name__} is not covered"
@@ -94,6 +105,14 @@ class NequipFrontend:
             if any(kind.endswith(name) and kind != plain for name, plain in PRODUCTS.items()):
                 what = f"the accelerated tensor product {type(module).__name__} is not covered"
                 raise _refused(what, path, module, "the model without this accelerator, which fxpass replaces")
+            if kind == GHOSTS:
+                what = "the exchange of ghost atoms with LAMMPS is not covered"
+                raise _refused(what, path, module, "the model without the modifier enable_LAMMPSMLIAPGhostExchange")
+            bases = [qualified(cls) for cls in type(module).__mro__[1:]]
+            derived = kind not in self.rules and any(base in self.rules for base in bases)
+            if kind.partition(".")[0] not in PACKAGES or (derived and kind not in DERIVED):
+                what = f"the class {type(module).__name__} is not covered: it may compute something else"
+                raise _refused(what, path, module, "the modules that nequip's builders make")
             if getattr(module, "do_categorical_graph_field_embed", False):
                 fields = ", ".join(module.categorical_graph_field_embed_modules)
                 what = f"an embedding of fields of the whole graph ({fields}) is not covered"
@@ -140,13 +159,14 @@ class NequipFrontend:
         return capture(run, replica, inputs, outputs, energy="total_energy")
 
     def attributes(self, model: Any) -> dict[str, Any]:
+        dtype = str(model.model_dtype).removeprefix("torch.")
         return {
             "cutoff": float(model.metadata["r_max"]),
             "numbers": _numbers(model),
             "type_names": list(model.type_names),
-            "metadata": dict(model.metadata),
+            "metadata": {**model.metadata, "model_dtype": dtype},
             "inputs": [name for name in model.model_input_fields if name != "lmp_mliap_data"],
-            "dtype": str(model.model_dtype).removeprefix("torch."),
+            "dtype": dtype,
             "precise_vectors": _precise(model),
         }
 
@@ -193,9 +213,33 @@ def kind_of_file(path: str) -> str | None:
         if "model/package_metadata.txt" not in names:
             return None
         return "allegro" if any(name.startswith("allegro/") for name in names) else "nequip"
-    if not pickle_names(path, "nequip."):
+    # what NequIP's training writes of itself and its own loader asks for; keys, so that values can say anything
+    if not all(pickle_names(path, _pickled(key)) for key in ("info_dict", "training_module", "num_datasets")):
         return None
-    return "allegro" if pickle_names(path, "allegro.model") else "nequip"
+    return "allegro" if pickle_names(path, "\0\0\0allegro.model.") else "nequip"  # a builder, at the start of a string
+
+
+def _pickled(text: str) -> str:
+    """A whole string of less than 128 characters as pickle writes it (BINUNICODE)."""
+    return f"X{chr(len(text))}\0\0\0{text}"
+
+
+def check_version(frontend: type[NequipFrontend], model: Any) -> None:
+    """Refuse another version of the frontend's package than it is tested with: of the code that ``model`` runs."""
+    importer = type(model).forward.__globals__.get("__loader__")
+    wanted = f"{frontend.package} {' or '.join(frontend.tested)}"
+    if isinstance(importer, PackageImporter):  # a .nequip.zip brings its own
+        recorded = importer.load_text("model", "package_metadata.txt")
+        line = re.search(rf"^  {frontend.name}: (\d\S*)$", recorded, re.MULTILINE)
+        found = line[1] if line else "of no recorded version, in the model's package,"
+        hint = f"a model packaged by {wanted}"
+    else:
+        try:
+            found, hint = metadata.version(frontend.package), wanted
+        except metadata.PackageNotFoundError:
+            found, hint = "of no known version", f'pip install "fxpass[{frontend.extra}]", for {wanted}'
+    if found.rpartition(".")[0] not in {version.rpartition(".")[0] for version in frontend.tested}:
+        raise _refused(f"{frontend.package} {found} is not covered", "", model, hint)
 
 
 def _kind(module: nn.Module) -> str:

@@ -55,8 +55,12 @@ class NequipInterface(nn.Module):
             dE/d(edge vector) in eV/Angstrom, in place of the latter.
 
         Raises:
-            RuntimeError: a type that the model does not know, or an edge shorter than the programs were made for.
+            RuntimeError: ``lmp_mliap_data`` (the ML-IAP interface exchanges features between ranks inside the model,
+                which a compiled program does not do), a type that the model does not know, or an edge shorter than
+                the programs were made for.
         """
+        if "lmp_mliap_data" in data:
+            raise RuntimeError("fxpass: lmp_mliap_data is not covered; use the original model there")
         result: Dict[str, Tensor] = {}
         for name in self.kept:
             if name in data:
@@ -65,7 +69,7 @@ class NequipInterface(nn.Module):
         if types.numel() > 0 and (int(types.min()) < 0 or int(types.max()) >= self.types):
             raise RuntimeError(f"fxpass: atom_types must be below {self.types}, the number of types of this model")
         attrs = torch.nn.functional.one_hot(types, self.types).to(self.zero.dtype)
-        if "num_atoms" in data:
+        if "batch" in data and "num_atoms" in data:  # one alone says nothing to NequIP either
             counts = data["num_atoms"].view(-1)
         else:
             counts = torch.full([1], types.size(0), dtype=torch.int64, device=types.device)
@@ -124,6 +128,6 @@ class NequipInterface(nn.Module):
 
     def _stress(self, strain: Tensor, data: Dict[str, Tensor]) -> Tensor:
         if "cell" not in data:
-            return torch.empty([0], dtype=torch.float32, device=strain.device)
+            return self.zero.new_empty([0])
         volume = torch.linalg.det(data["cell"].view(-1, 3, 3)).abs().view(-1, 1, 1)
         return torch.where(volume > 0, strain / volume, torch.full_like(strain, float("nan")))

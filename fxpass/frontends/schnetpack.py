@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import takewhile
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -35,6 +36,9 @@ CAST_PAIRS = {("float32", "float64"), ("float64", "float32")}
 OFFSETS = {f"schnetpack.transform.atomistic.{name}" for name in ("AddOffsets", "RemoveOffsets")}
 SCALE = "schnetpack.transform.atomistic.ScaleProperty"
 POSTPROCESSORS = {*CASTS, *OFFSETS, SCALE}
+#: cutoff function -> its attribute that holds the length from which on it is zero
+CUTOFFS = {f"schnetpack.nn.cutoff.{name}": "cutoff" for name in ("CosineCutoff", "MollifierCutoff")}
+ZBL_CUTOFFS = {**CUTOFFS, "schnetpack.nn.cutoff.SwitchFunction": "switch_off"}
 EMBEDDINGS = {"torch.nn.modules.sparse.Embedding", "schnetpack.nn.embedding.NuclearEmbedding"}
 #: what the blocks of representations are made of
 BLOCKS = {
@@ -88,7 +92,7 @@ class SchNetPackFrontend:
         return any(cls.__module__.partition(".")[0] == "schnetpack" for cls in type(model).__mro__)
 
     def reads(self, path: str) -> bool:
-        return pickle_names(path, "schnetpack.model")
+        return pickle_names(path, "cschnetpack.model.base\n")  # as a pickle names the module of a class
 
     def load(self, path: str) -> nn.Module:
         import_schnetpack()  # unpickling needs its classes
@@ -117,6 +121,7 @@ class SchNetPackFrontend:
             if name_of(module) in CASTS and not set(module.type_map.items()) <= CAST_PAIRS:
                 what = f"a cast of {module.type_map} is not covered"
                 raise _refused(what, f"postprocessors.{path}", module, "float32 and float64")
+        self._check_outputs(model)
         self._check_derivatives(model)
 
     def _check_representation(self, representation: Any) -> None:
@@ -125,10 +130,38 @@ class SchNetPackFrontend:
             path, module = "representation.electronic_embeddings.0", representation.electronic_embeddings[0]
             what = "embeddings of total charge and spin (electronic_embeddings) are not covered"
             raise _refused(what, path, module, "a model without electronic_embeddings")
+        _known("the cutoff", "representation.cutoff_fn", representation.cutoff_fn, CUTOFFS)
         _known("the nuclear embedding", "representation.embedding", representation.embedding, EMBEDDINGS)
         for name in ("interactions", "mixing", "so3convs", "gatings", "mixings1", "mixings2", "mixings3"):
             for path, module in getattr(representation, name, nn.ModuleList()).named_children():
                 _known("the block", f"representation.{name}.{path}", module, BLOCKS)
+
+    def _check_outputs(self, model: Any) -> None:
+        """Every output is one value, of edges that the representation sees too."""
+        cutoff = _reach(model.representation.cutoff_fn)
+        offsets = {module._property for module in model.postprocessors if name_of(module) in OFFSETS}
+        seen: set[str] = set()
+        for name, module in model.output_modules.named_children():
+            path, keys = f"output_modules.{name}", set(_keys(module))
+            if keys & seen:
+                what = f"the output {min(keys & seen)!r}, which a module before it computes too, is not covered"
+                raise _refused(what, path, module, "another output key for one of them")
+            seen |= keys
+            if name_of(module) == ZBL:
+                self._check_zbl(path, module, cutoff)
+            elif getattr(module, "aggregation_mode", "") is None and len(keys) == 2 and keys & offsets:
+                what = f"{' and '.join(sorted(keys))} are one tensor, and offsets of one in both are not covered"
+                raise _refused(what, path, module, "one name for output_key and per_atom_output_key")
+
+    def _check_zbl(self, path: str, zbl: Any, cutoff: float) -> None:
+        hint = f"ZBLRepulsionEnergy(..., cutoff_fn=CosineCutoff({cutoff:g})), or a shorter one"
+        if zbl.cutoff_fn is None:
+            what = "a repulsion without cutoff_fn, which neighbours beyond the representation's cutoff add to,"
+            raise _refused(f"{what} is not covered", path, zbl, hint)
+        _known("the cutoff", f"{path}.cutoff_fn", zbl.cutoff_fn, ZBL_CUTOFFS)
+        if _reach(zbl.cutoff_fn) > cutoff:
+            what = f"a repulsion to {_reach(zbl.cutoff_fn):g}, beyond the representation's cutoff of {cutoff:g},"
+            raise _refused(f"{what} is not covered", path, zbl, hint)
 
     def _check_derivatives(self, model: Any) -> None:
         inputs = [name_of(module).rpartition(".")[2] for module in model.input_modules]
@@ -143,11 +176,10 @@ class SchNetPackFrontend:
         if module.calc_stress and "Strain" not in inputs:
             what = "Forces(calc_stress=True) needs the input module Strain, without which its energy has no strain"
             raise _refused(what, "output_modules", module, "input_modules=[Strain(), PairwiseDistances()]")
-        energies = {
-            m.output_key: m for m in model.output_modules if name_of(m) in (AGGREGATION, ZBL) or _is_energy(m)
-        }
+        before = takewhile(lambda m: m is not module, model.output_modules)
+        energies = [m.output_key for m in before if name_of(m) in (AGGREGATION, ZBL) or _is_energy(m)]
         if module.energy_key not in energies:
-            what = f"no output module computes one {module.energy_key!r} a system, of which Forces takes the gradient"
+            what = f"no output module before Forces computes one {module.energy_key!r} a system to take the gradient of"
             raise _refused(what, "output_modules", module, f"energy_key= one of {', '.join(energies) or '(none)'}")
 
     def reference(self, model: Any) -> tuple[nn.Module, tuple[str, ...]]:
@@ -191,7 +223,7 @@ class SchNetPackFrontend:
         keys = [key for module in model.output_modules if name_of(module) != FORCES for key in _keys(module)]
         return {
             "kind": type(model.representation).__name__,
-            "cutoff": float(model.representation.cutoff_fn.cutoff),
+            "cutoff": _reach(model.representation.cutoff_fn),
             "numbers": list(range(1, species)),
             "species": species,
             "outputs": list(dict.fromkeys(keys)),
@@ -285,7 +317,14 @@ def _is_energy(module: Any) -> bool:
 
 def _keys(module: Any) -> list[str]:
     """Outputs of an output module, in the order in which :func:`_atomwise` gives them."""
+    if name_of(module) == FORCES:
+        return [module.force_key, *([module.stress_key] if module.calc_stress else [])]
     return [key for key in (getattr(module, "per_atom_output_key", None), module.output_key) if key is not None]
+
+
+def _reach(cutoff_fn: Any) -> float:
+    """Length from which on a cutoff function is zero."""
+    return float(getattr(cutoff_fn, ZBL_CUTOFFS[name_of(cutoff_fn)]))
 
 
 def _postprocessor(module: Any) -> dict[str, Any]:

@@ -142,6 +142,8 @@ class SchNetPackInterface(nn.Module):
             positions.requires_grad_(True)
         given = self.edges.readable(index)
         vectors = positions.index_select(0, given[1]) - positions.index_select(0, given[0]) - inputs["_offsets"]
+        if self.cutoff.dtype == torch.float64:
+            vectors = vectors.to(torch.float64)  # narrower inputs become so in the original's first layer
         vectors, index, _ = self.edges(vectors, index, positions.size(0))
         counts = inputs["_n_atoms"] if "_n_atoms" in inputs else torch.bincount(batch, minlength=graphs)
         counts = counts.to(vectors.dtype)
@@ -155,7 +157,7 @@ class SchNetPackInterface(nn.Module):
         for name, value in zip(self.names, values):
             results[name] = value
         gradient, index = self.edges.settled(gradient, index, positions.size(0))
-        results[self.force_key] = self.edges.forces(gradient, index, positions)
+        results[self.force_key] = self.edges.forces(gradient, index, positions.to(gradient.dtype)).to(positions.dtype)
         if self.stress_key != "":
             results[self.stress_key] = self._stress(vectors, gradient, index, batch, inputs["_cell"], graphs)
         if self.do_postprocessing:
@@ -184,4 +186,4 @@ class SchNetPackInterface(nn.Module):
             empty = torch.zeros((graphs, 3, 3), dtype=vectors.dtype, device=vectors.device)
             total = empty.index_add(0, batch.index_select(0, index[1]), outer)
         volume = (cell[:, 0] * torch.cross(cell[:, 1], cell[:, 2], dim=1)).sum(1)
-        return total / volume.view(-1, 1, 1)
+        return total.to(cell.dtype) / volume.view(-1, 1, 1)

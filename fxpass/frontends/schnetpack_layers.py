@@ -146,7 +146,7 @@ class SO3netStandIn(nn.Module):
         self.components = s = (int(net.lmax) + 1) ** 2
         poly, coefficients = harmonics(net.sphharm)
         self.harmonics = str(poly)
-        self.coefficients = nn.Buffer(torch.from_numpy(coefficients).unsqueeze(1))
+        self.coefficients = nn.Buffer(torch.tensor(coefficients).unsqueeze(1))
         self.specs = [str(_convolution(conv, s)) for conv in self.so3convs]
 
     def forward(self, numbers: Tensor, vectors: Tensor, centre: Tensor, neighbour: Tensor) -> Tensor:

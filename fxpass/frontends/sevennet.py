@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import metadata
 from math import log, prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .._torch_compat import pickle_names
 from ..capture.capture import capture, copy_model, prepare
-from ..capture.rules import RULES, LinearStandIn, Rule
+from ..capture.rules import RULES, LinearStandIn, Rule, qualified
 from ..errors import Location, MissingExtraError, StructureError, UnsupportedModelError
 from ..ir.program import Program, TensorSpec
 from ..structures import Evaluation, Neighbours, Structure, neighbour_list
@@ -40,6 +41,40 @@ MODULES = (
 )
 PACKAGES = ("sevenn", "e3nn", "torch")  # less sevenn's helpers, which bring modules of accelerators
 RADIAL = ("BesselBasis", "PolynomialCutoff", "XPLORCutoff")
+#: what e3nn itself derives from classes with a rule, with the same ``forward``
+DERIVED = tuple(f"e3nn.o3._tensor_product._sub.{name}TensorProduct" for name in ("FullyConnected", "Elementwise"))
+#: class -> what its modules read, write and do, as sevenn's builder sets it and the drop-in knows it
+SETTINGS = {
+    "AtomGraphSequential": {"key_atomic_numbers": "atomic_numbers", "key_node_feature": "x", "key_grad": "edge_vec"},
+    "IrrepsConvolution": {
+        "key_x": "x",
+        "key_filter": "edge_attr",
+        "key_weight_input": "edge_embedding",
+        "key_edge_idx": "edge_index",
+    },
+    "Rescale": {"key_input": "scaled_atomic_energy", "key_output": "atomic_energy"},
+    "SpeciesWiseRescale": {
+        "key_input": "scaled_atomic_energy",
+        "key_output": "atomic_energy",
+        "key_indices": "atom_type",
+    },
+    "ModalWiseRescale": {
+        "key_input": "scaled_atomic_energy",
+        "key_output": "atomic_energy",
+        "key_atom_indices": "atom_type",
+        "key_modal_indices": "modal_type",
+    },
+    "AtomReduce": {"key_input": "atomic_energy", "key_output": "inferred_total_energy", "reduce": "sum"},
+    "ForceStressOutputFromEdge": {
+        "key_edge": "edge_vec",
+        "key_edge_idx": "edge_index",
+        "key_energy": "inferred_total_energy",
+        "key_force": "inferred_force",
+        "key_stress": "inferred_stress",
+        "key_atomic_virial": "inferred_atomic_virial",
+        "key_cell_volume": "cell_volume",
+    },
+}
 #: names by which sevenn knows the checkpoints that its wheel brings, without their first word, and their files
 SHIPPED = {
     "0": "SEVENNET_0_11Jul2024",
@@ -75,29 +110,36 @@ class SevenNetFrontend:
                 f"{path} needs sevenn to be read, and {error.name} is not installed",
                 hint='pip install "fxpass[sevennet]"',
             ) from error
-        shipped = SHIPPED.get(path.lower().partition("-")[2]) if path.lower() in self.names else None
+        named = path.lower() in self.names and not Path(path).is_file()
+        shipped = SHIPPED[path.lower().partition("-")[2]] if named else None
         checkpoint = SevenNetCheckpoint(getattr(_const, shipped) if shipped else path)
         return checkpoint.build_model().eval()
 
     def check(self, model: Any) -> None:
-        found = metadata.version("sevenn")
+        try:
+            found = metadata.version("sevenn")
+        except metadata.PackageNotFoundError:  # a checkout on the path
+            found = "without a version"
         if found.rpartition(".")[0] not in {version.rpartition(".")[0] for version in self.tested}:
             what = f"sevenn {found} is not covered, only {', '.join(self.tested)}"
             raise _refused(what, "", model, f"pip install sevenn=={self.tested[-1]}")
+        if not model.type_map:
+            raise _refused("a model without a type_map is not covered", "", model, "a model with the elements it knows")
         for path, module in model.named_modules():
             cls, hint = type(module), ""
             if path and "." not in path and not (cls.__name__ in MODULES and cls.__module__.startswith("sevenn.nn.")):
                 hint = ", ".join(MODULES)
             elif path.endswith(("basis_function", "cutoff_function")) and cls.__name__ not in RADIAL:
                 hint = ", ".join(RADIAL)
+            elif qualified(cls) not in EXACT and any(qualified(base) in EXACT for base in cls.__mro__):
+                hint = "the class itself, since one derived from it may compute something else"
             elif cls.__module__.partition(".")[0] not in PACKAGES or cls.__module__.endswith("_helper"):
                 hint = "the e3nn form of the model"
             elif getattr(module, "is_parallel", False):
                 hint = "the whole model, not a part of it for one of many processes"
             if hint:
                 raise _refused(f"the module {cls.__name__} is not covered", path, module, hint)
-        if not model.type_map:
-            raise _refused("a model without a type_map is not covered", "", model, "a model with the elements it knows")
+            _check_settings(path, module, model)
         kinds = [type(module).__name__ for module in model]
         for kind in ("AtomReduce", "ForceStressOutputFromEdge"):
             if kinds.count(kind) != 1:
@@ -143,6 +185,7 @@ class SevenNetFrontend:
             "heads": modals or ["Default"],
             "batched": bool(model.is_batch_data),
             "eval_type_map": bool(model.eval_type_map),
+            "eval_modal_map": bool(model.eval_modal_map),
             "atomic_virial": any(getattr(module, "use_atomic_virial", False) for module in model),
             "dtype": str(dtype_of(model)).removeprefix("torch."),
         }
@@ -233,6 +276,21 @@ def _refused(what: str, path: str, module: nn.Module, choices: str) -> Unsupport
     return UnsupportedModelError(
         what, where=where, hint=f"{choices}; or register a frontend for it (entry point group fxpass.frontends)"
     )
+
+
+def _check_settings(path: str, module: Any, model: Any) -> None:
+    """Refuse what sevenn's builder never makes: other keys of the graph, and numbers that are not 0, 1, 2, ..."""
+    kind = type(module).__name__
+    for name, built in SETTINGS.get(kind, {}).items():
+        value = getattr(module, name, built)
+        if value != built:
+            raise _refused(f"the {name} {value!r} of {kind} is not covered", path, module, f"{built!r}")
+    if kind == "OnehotEmbedding":
+        which = "modal_map" if module.key_x == "modal_type" else "type_map"
+        numbers = sorted((getattr(model, which) or {}).values())
+        if numbers != list(range(module.num_classes)):
+            what = f"the {which} has the numbers {', '.join(map(str, numbers))} for {module.num_classes} classes"
+            raise _refused(what, path, module, f"all from 0 to {module.num_classes - 1}, each once")
 
 
 def _modals(model: Any) -> list[str]:
@@ -414,3 +472,5 @@ def _shifted_softplus(x: Tensor) -> Tensor:
 
 
 OWN_RULES: Mapping[str, Rule] = {"e3nn.math._normalize_activation.normalize2mom": _unscripted}
+#: a class derived from one of these is none of them, whatever it computes
+EXACT = {"sevenn.nn.sequential.AtomGraphSequential", *RULES, *OWN_RULES, *DERIVED}

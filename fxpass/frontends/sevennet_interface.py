@@ -29,6 +29,8 @@ class SevenNetInterface(nn.Module):
         type_map: atomic number -> species.
         modal_map: modality -> its number; None where the model has no choice of modality.
         eval_type_map: species are looked up by ``atomic_numbers``; otherwise they are ``x``.
+        eval_modal_map: modalities are looked up by ``data_modality``, where there is one; otherwise they are
+            ``modal_type``.
         is_batch_data: the graph is a batch, with ``batch`` and a structure's number for every result; otherwise it is
             one structure and has no ``batch``.
     """
@@ -47,6 +49,7 @@ class SevenNetInterface(nn.Module):
         self.multimodal: bool = len(self.modals) > 1
         modal_map = {name: k for k, name in enumerate(self.modals)}
         self.modal_map: Optional[Dict[str, int]] = modal_map if self.multimodal else None
+        self.eval_modal_map: bool = self.multimodal and attributes.get("eval_modal_map", True)
         self.species: int = len(numbers)
         self.eval_type_map: bool = attributes["eval_type_map"]
         self.atomic_virial: bool = attributes["atomic_virial"]
@@ -77,7 +80,7 @@ class SevenNetInterface(nn.Module):
         from sevenn.nn.sequential import AtomGraphSequential
 
         own = AtomGraphSequential(
-            {"fxpass": self}, self.cutoff, self.type_map, self.modal_map, eval_modal_map=self.multimodal
+            {"fxpass": self}, self.cutoff, self.type_map, self.modal_map, eval_modal_map=self.eval_modal_map
         )
         own.set_is_batch_data(self._is_batch_data)
         return own.eval()
@@ -98,8 +101,8 @@ class SevenNetInterface(nn.Module):
             ``inferred_atomic_virial`` [atoms, 6] (eV).  In training mode they carry an autograd graph.
 
         Raises:
-            RuntimeError: an element that the model does not know, no modality where there is a choice, or an edge
-                shorter than the programs were made for.
+            RuntimeError: an element that the model does not know, not one modality for every structure where there
+                is a choice, or an edge shorter than the programs were made for.
         """
         species = self._species(input)
         given = input["edge_vec"]
@@ -178,10 +181,11 @@ class SevenNetInterface(nn.Module):
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self._name_to_number(input)
         if "modal_type" not in input:
-            raise RuntimeError(f"fxpass: the graph names no modality (data_modality); one of {self.modals}")
+            key = "data_modality" if self.eval_modal_map else "modal_type"
+            raise RuntimeError(f"fxpass: the graph names no modality ({key}); one of {self.modals}")
         head = input["modal_type"].reshape(-1)
-        if head.size(0) == 1:
-            head = head.expand(graphs)
+        if head.size(0) != graphs:
+            raise RuntimeError(f"fxpass: the graph names {head.size(0)} modalities for {graphs} structures")
         if not bool(((head >= 0) & (head < len(self.modals))).all()):
             raise RuntimeError(f"fxpass: the graph has a modal_type that is none of the model's: {self.modals}")
         return head
@@ -189,7 +193,7 @@ class SevenNetInterface(nn.Module):
     @torch.jit.unused
     def _name_to_number(self, input: Any) -> None:
         """Puts ``modal_type`` where ``data_modality`` has names, which TorchScript cannot hold."""
-        if "data_modality" not in input:
+        if not self.eval_modal_map or "data_modality" not in input:
             return
         named = input["data_modality"]
         named = [named] if isinstance(named, str) else list(named)
@@ -197,4 +201,4 @@ class SevenNetInterface(nn.Module):
         if unknown:
             raise RuntimeError(f"fxpass: the model has no modality {unknown[0]!r}; one of {self.modals}")
         numbers = [self.modals.index(name) for name in named]
-        input["modal_type"] = torch.tensor(numbers if self._is_batch_data else numbers[0])
+        input["modal_type"] = torch.tensor(numbers if self._is_batch_data or len(numbers) != 1 else numbers[0])

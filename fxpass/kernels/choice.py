@@ -67,7 +67,10 @@ def refusal(op: Any, args: Arguments) -> str | None:
         return "no kernel implements this op"
     kinds = {t.dtype for t in args if isinstance(t, Tensor) and t.is_floating_point()}
     if op in (convolution, convolution_gradient):
-        kinds = {t.dtype for t in (args[0], args[1])}  # a table is packed in the type of the features
+        floats = args[:4] if op is convolution_gradient else args[:3]
+        kinds = {t.dtype for t in floats}  # a table is packed in the type of the features
+    if any(isinstance(t, Tensor) and not t.is_floating_point() and t.dtype != torch.int64 for t in args):
+        return "an index is not int64"
     if not kinds <= DTYPES.keys() or len(kinds) > 1:
         return f"kernels compute in one of float32 and float64, not {', '.join(map(str, kinds))}"
     return _RULES[op](args)
@@ -147,7 +150,8 @@ def _convolution(gradient: bool, args: Arguments, constants: Mapping[int, Tensor
     needs = cast(tuple[bool, bool, bool], tuple(args[-1])) if gradient else FORWARD
     if gradient and not any(needs):
         return "no gradient is asked for"
-    kernel = ConvolutionKernel(parse_tensor_product(text), grid, DTYPES[dtype], needs)
+    tables = 1 if grid is None else args[at].shape[1] // grid.rows
+    kernel = ConvolutionKernel(parse_tensor_product(text), grid, DTYPES[dtype], needs, tables)
     packed = pack(constants[at], dtype) if at in constants else None
 
     def bind(library: ctypes.CDLL) -> Function:
@@ -173,7 +177,7 @@ def _convolution(gradient: bool, args: Arguments, constants: Mapping[int, Tensor
             operands = (*map(Operand, (0, 1, 2, 3)), table, Operand(5), Operand(7), Result())
             sizes = (Number(8), Rows(0), Rows(1))
         scratch = Scratch(Rows(2 if gradient else 0))
-        call = Call((*operands, scratch, *sizes, Threads()), "an edge names an atom that there is not")
+        call = Call((*operands, scratch, *sizes, Threads()), "an edge names an atom or a table that there is not")
     return Choice(kernel, bind, call, lambda library: {} if packed is None else {at: packed})
 
 

@@ -50,12 +50,14 @@ class ConvolutionKernel:
         dtype: of features, incoming gradients and tables, one of ``STORAGE``. What is computed, y, radial and their
             gradients are of the same type, but float32 for ``"bfloat16"``.
         needs: gradients by x, y and radial that are made; none for the convolution itself.
+        tables: of how many species the grid's rows come one after the other in the coefficients.
     """
 
     product: TensorProduct
     grid: Grid | None
     dtype: str
     needs: tuple[bool, bool, bool] = FORWARD
+    tables: int = 1
 
     @property
     def gradient(self) -> bool:
@@ -262,7 +264,7 @@ class ConvolutionKernel:
             'extern "C" int KERNEL(const S* x, const T* y, const T* radial, const int64_t* species,',
             "    const S* coefficients, const int64_t* sender, const int64_t* order, S* out, T* xt,",
             "    int64_t size, int64_t atoms, int64_t edges, int threads) {",
-            *_check_index("sender", "atoms"),
+            *_check_index("sender", "atoms", self.tables),
             "#pragma omp parallel num_threads(threads) if (threads > 1 && edges > 64)",
             "{",
             "#pragma omp for",
@@ -315,7 +317,7 @@ class ConvolutionKernel:
             'extern "C" int KERNEL(const S* x, const T* y, const S* g, const T* radial, const int64_t* species,',
             "    const S* coefficients, const int64_t* receiver, const int64_t* order, S* to_x, T* to_y, T* to_radial,",
             "    T* xt, int64_t atoms, int64_t size, int64_t edges, int threads) {",
-            *_check_index("receiver", "size"),
+            *_check_index("receiver", "size", self.tables),
             *BY_RECEIVER,
             "if (threads < 1 || edges <= 64) threads = 1;",
             "std::vector<T> more;",
@@ -490,17 +492,18 @@ def pack(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([packed.flatten(), packed.new_zeros(32)])
 
 
-def _check_index(index: str, rows: str) -> list[str]:
+def _check_index(index: str, rows: str, tables: int) -> list[str]:
     return [
         "uint64_t outside = 0;",
         f"for (int64_t e = 0; e < edges; e++) outside |= uint64_t({index}[e]) >= uint64_t({rows});",
+        f"if (species) for (int64_t e = 0; e < edges; e++) outside |= uint64_t(species[e]) >= {tables};",
         "if (outside) return 1;",
     ]
 
 
 def _check(code: int) -> None:
     if code:
-        raise KernelError("an edge names an atom that there is not")
+        raise KernelError("an edge names an atom or a table that there is not")
 
 
 def _address(tensor: Tensor | None) -> int | None:

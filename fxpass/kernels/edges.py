@@ -52,7 +52,7 @@ class BoundEdges:
 
     def vectors(self, positions: Tensor, index: Tensor, shifts: Tensor) -> Tensor | None:
         """``positions[index[1]] - positions[index[0]] + shifts``, [edges, 3]."""
-        if not _plain(positions, positions, shifts) or not _index(index):
+        if not _plain(positions, positions, shifts) or not _index(index, shifts):
             return None
         made = torch.empty_like(shifts)
         function = getattr(self.library, f"vectors_{_TYPES[positions.dtype]}")
@@ -61,7 +61,7 @@ class BoundEdges:
 
     def look(self, vectors: Tensor, index: Tensor, atoms: int, shortest: float, cutoff: float) -> int:
         """``PLAIN`` where no edge is padding, too short, too long or NaN, and ``IN_ORDER`` where all are in order."""
-        if not _plain(vectors, vectors) or not _index(index):
+        if not _plain(vectors, vectors) or not _index(index, vectors):
             return 0
         function = getattr(self.library, f"look_{_TYPES[vectors.dtype]}")
         low, high = shortest * (1 + MARGIN), cutoff * (1 - MARGIN)
@@ -69,7 +69,7 @@ class BoundEdges:
 
     def forces(self, gradient: Tensor, index: Tensor, like: Tensor) -> Tensor | None:
         """Sums of ``gradient`` [edges, 3] over edges sent less those over edges received, of the shape of ``like``."""
-        if not _plain(like, gradient) or not _index(index):
+        if not _plain(like, gradient) or not _index(index, gradient):
             return None
         made = torch.empty_like(like)
         function = getattr(self.library, f"forces_{_TYPES[like.dtype]}")
@@ -86,8 +86,10 @@ def _plain(like: Tensor, *tensors: Tensor) -> bool:
     )
 
 
-def _index(index: Tensor) -> bool:
-    return index.dtype == torch.int64 and index.is_cpu and index.is_contiguous() and index.dim() == 2
+def _index(index: Tensor, edges: Tensor) -> bool:
+    """Whether the index is [2, edges], as the functions read it."""
+    plain = index.dtype == torch.int64 and index.is_cpu and index.is_contiguous()
+    return plain and index.shape == (2, edges.shape[0])
 
 
 _HEAD = """#include <cmath>

@@ -248,7 +248,7 @@ class BoundKernel:
         size, pack = (getattr(self.library, f"{self.kernel.name}_{what}") for what in ("size", "pack"))
         size.argtypes, size.restype = (), ctypes.c_int64
         pack.argtypes, pack.restype = (ctypes.c_void_p, ctypes.c_void_p), None
-        packed = torch.empty(size(), dtype=weight.dtype)
+        packed = torch.empty(size(), dtype=weight.dtype, device="cpu")
         pack(weight.data_ptr(), packed.data_ptr())
         return packed
 
@@ -274,7 +274,7 @@ class BoundKernel:
             second = x2.data_ptr()
         if (x2 is None) != (scalars == 0) or (x2 is not None and x2.shape[0] != rows):
             raise KernelError(f"The kernel maps {rows} rows with {scalars} scalars for each, not others.")
-        y = torch.empty(rows, wide, dtype=dtype)
+        y = torch.empty(rows, wide, dtype=dtype, device="cpu")
         self.function(x.data_ptr(), second, packed.data_ptr(), y.data_ptr(), rows, torch.get_num_threads())
         return y
 

@@ -46,7 +46,7 @@ class RowsKernel:
 
         def rows_by(index: Tensor, size: int) -> Tensor:
             index = index.contiguous()
-            order = torch.empty(size + 1 + index.shape[0], dtype=torch.int64)
+            order = torch.empty(size + 1 + index.shape[0], dtype=torch.int64, device="cpu")
             if function(index.data_ptr(), order.data_ptr(), index.shape[0], size):
                 raise KernelError(f"an edge names an atom that is not below {size}, the number of atoms")
             return order

@@ -98,8 +98,7 @@ class Native(nn.Module):
         self.dtypes = tuple(spec.dtype for spec in program.inputs)
         self.manifest: tuple[ManifestRow, ...] = (UNBUILT,)
         self.sources: Mapping[str, str] = {}
-        self.weights: list[Tensor] = []
-        self.versions: list[int] = []
+        self.versions: list[tuple[int, int]] = []
         self.fused = self.eager
         compiler = find_compiler()
         if compiler is None:
@@ -112,27 +111,26 @@ class Native(nn.Module):
         self.sources = {c.kernel.name: c.kernel.source for c in chosen.values()}
         self.sources |= {step.name: step.source for step in steps.steps}
         self.fused = _bound(self.eager, bare.graph, steps, chosen, build(self.sources, compiler))
-        self.weights = [t for t in (*self.eager.parameters(), *self.eager.buffers()) if not t.is_inference()]
-        self.versions = [t._version for t in self.weights]
+        self.versions = self._versions()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Native:
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        if not self._changed():
-            made.versions = [t._version for t in made.weights]
+        made.versions = made._versions() if self.versions == self._versions() else []
         return made
 
-    def _changed(self) -> bool:
-        """Whether weights were written to, of which kernels have copies."""
-        return [t._version for t in self.weights] != self.versions
+    def _versions(self) -> list[tuple[int, int]]:
+        """Changes when a weight is exchanged or written to, but not behind torch's back (``.data``)."""
+        weights = (*self.eager._parameters.values(), *self.eager._buffers.values())
+        return [(t.data_ptr(), t._version) for t in weights if t is not None and not t.is_inference()]
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             return self.eager(*inputs)
         if any(t.dtype != d or t.device.type != "cpu" for t, d in zip(inputs, self.dtypes, strict=True)):
             return self.eager(*inputs)
-        if self._changed():
+        if self.fused is not self.eager and self.versions != self._versions():
             warnings.warn(
                 "fxpass: weights of this model have changed since its kernels were made, so it runs without them, "
                 "slowly; optimise the changed model anew",
@@ -177,7 +175,7 @@ def _bound(
 
     def fixed(which: Fixed) -> Tensor:
         if which.position < 0:
-            return getattr(module, which.name).detach()
+            return getattr(module, which.name).detach().clone()  # a copy of this module has weights of its own
         if which.name not in packed:
             choice = chosen[which.name]
             packed[which.name] = choice.pack(libraries[choice.kernel.name])

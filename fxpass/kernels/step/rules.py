@@ -51,6 +51,7 @@ def _reshape(w: Writer, out: Out, x: Value, *_: Any) -> Value:
 def _select(w: Writer, out: Out, x: Value, dim: int, index: Any) -> Value:
     source, dim = w.readable(x), dim % len(x.shape)
     index = _size(index)
+    _fixed(source.shape[dim], index)
     if index.is_negative:
         index = index + source.shape[dim]
     if isinstance(source, Place):
@@ -61,8 +62,12 @@ def _select(w: Writer, out: Out, x: Value, dim: int, index: Any) -> Value:
 
 def _slice(w: Writer, out: Out, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     dim, first = dim % len(x.shape), _size(start or 0)
+    if first == 0 and step == 1 and same(x.shape[dim], out.shape[dim]):
+        return x
+    _fixed(x.shape[dim], first)
     if first.is_negative:
-        first = first + x.shape[dim]
+        first = max(first + x.shape[dim], sympy.S.Zero)
+    first = min(first, x.shape[dim])
     if isinstance(x, Pieces) and x.dim == dim:  # one of the pieces, as they were joined
         for at, part in x.parts:
             if same(at, first) and same(part.shape[dim], out.shape[dim]) and step == 1:
@@ -70,8 +75,14 @@ def _slice(w: Writer, out: Out, x: Value, dim: int = 0, start: Any = None, end: 
     source = w.readable(x)
     if isinstance(source, Place):
         return Place(source.view.narrow(dim, first, out.shape[dim], step))
-    move = f"{printed(first)} + {step} * "
-    return moved(source, out.shape, lambda i: (*i[:dim], move + i[dim], *i[dim + 1 :]))
+    move = f"({printed(first)} + {step} * "
+    return moved(source, out.shape, lambda i: (*i[:dim], f"{move}{i[dim]})", *i[dim + 1 :]))
+
+
+def _fixed(size: Size, index: Size) -> None:
+    """Which elements are read is known now; cut from what grows with the system it is known when the model runs."""
+    if not (size.is_Integer and index.is_Integer):
+        raise Unsupported("a part of a dimension that grows with the system")
 
 
 def _expand(w: Writer, out: Out, x: Value, *_: Any) -> Value:
@@ -158,9 +169,9 @@ def _number(value: Any, dtype: torch.dtype) -> str:
     """C++ of a Python number, or of a size, in the type ``dtype``."""
     if isinstance(value, sympy.Expr):
         return f"{TYPES[dtype]}({printed(value)})"
-    if isinstance(value, bool):
+    if dtype == torch.bool and isinstance(value, bool):
         return "true" if value else "false"
-    if not isinstance(value, int | float):
+    if dtype not in TYPES or not isinstance(value, int | float):
         raise Unsupported(f"the argument {value!r}")
     if not dtype.is_floating_point:
         if value != int(value):
@@ -178,7 +189,7 @@ def _number(value: Any, dtype: torch.dtype) -> str:
 
 def formula(w: Writer, shape: Shape, dtype: torch.dtype, text: str, *args: Any, among: torch.dtype) -> Formula:
     """``text`` with the elements of ``args`` in place of {0}, {1}, ...; numbers are taken in the type ``among``."""
-    values = [w.readable(a) if isinstance(a, Value) else None for a in args]
+    values = [w.readable(w_once(w, a) if args.count(a) > 1 else a) if isinstance(a, Value) else None for a in args]
     numbers = ["" if isinstance(a, Value) else _number(a, among) for a in args]
     present = [v for v in values if v is not None]
 
@@ -244,7 +255,9 @@ def _sum_of(text: str) -> Rule:
 def _compare(sign: str) -> Rule:
     def rule(w: Writer, out: Out, a: Value, b: Any) -> Value:
         kinds = _kinds([a, b])
-        if len(kinds) != 1 or (isinstance(b, float) and not a.dtype.is_floating_point):
+        if len(kinds) != 1 or not (isinstance(b, Value) or a.dtype.is_floating_point or isinstance(b, int)):
+            raise Unsupported(f"a comparison of {kinds}")
+        if a.dtype == torch.bool and not isinstance(b, Value):
             raise Unsupported(f"a comparison of {kinds}")
         return formula(w, out.shape, torch.bool, f"{{0}} {sign} {{1}}", a, b, among=a.dtype)
 
@@ -283,7 +296,7 @@ def _cast(w: Writer, out: Out, x: Value, *_: Any, **__: Any) -> Value:
 
 
 def _power(w: Writer, out: Out, x: Value, exponent: Any) -> Value:
-    if isinstance(exponent, int | float) and exponent == int(exponent) and 1 <= exponent <= 8:
+    if isinstance(exponent, int | float) and exponent in range(1, 9):
         return _pointwise(" * ".join(["{0}"] * int(exponent)), floats=True)(w, out, w_once(w, x))
     return _pointwise("std::pow({0}, {1})", floats=True)(w, out, x, exponent)
 
@@ -405,8 +418,8 @@ def _index_add(w: Writer, out: Out, x: Value, dim: int, index: Value, source: Va
 
 
 def _sum(w: Writer, out: Out, x: Value, dims: Any = None, keep: bool = False, **_: Any) -> Value:
-    if x.dtype == torch.bool:
-        raise Unsupported("a sum of bool")
+    if x.dtype == torch.bool or x.dtype.is_floating_point != out.dtype.is_floating_point:
+        raise Unsupported(f"a sum of {x.dtype} as {out.dtype}")
     return _reduced(w, out, w.readable(x), dims, keep, "{0}", "sum")
 
 
@@ -445,16 +458,19 @@ def _argmax(w: Writer, out: Out, x: Value, dim: Any = None, keep: bool = False) 
     if dim is None or keep:
         raise Unsupported("an argmax over everything")
     source, dim = Place(w.place(x)), dim % len(x.shape)
+    if not source.shape[dim].is_Integer or source.shape[dim] < 1:
+        raise Unsupported("an argmax over a dimension that may be empty")
     to = w.buffer("arena", out.dtype, out.shape)
 
     def body(at: Indices) -> list[str]:
         def element(k: str) -> str:
             return source.element((*at[:dim], k, *at[dim:]))
 
+        k, best = element("k"), element("best")
         return [
             "int64_t best = 0;",
             f"for (int64_t k = 1; k < {printed(source.shape[dim])}; k++)",
-            f"  if ({element('k')} > {element('best')}) best = k;",
+            f"  if ({k} > {best} || ({k} != {k} && {best} == {best})) best = k;  // NaN is the greatest",
             f"{to.element(at)} = best;",
         ]
 

@@ -128,7 +128,7 @@ def bind(step: Step, fixed: Sequence[Tensor], libraries: Mapping[str, ctypes.CDL
         sizes = [of[k][d] for k, d in places]
         if any(shape != wants(sizes) for shape, wants in zip(of, expected, strict=True)):
             raise KernelError(_misfit(wanted, given))
-        made = [torch.empty(shape(sizes), dtype=dtype) for shape, dtype in shapes]
+        made = [torch.empty(shape(sizes), dtype=dtype, device="cpu") for shape, dtype in shapes]
         numbers = Sizes(*sizes)
         needed = room(numbers, functions)
         try:
@@ -136,7 +136,7 @@ def bind(step: Step, fixed: Sequence[Tensor], libraries: Mapping[str, ctypes.CDL
         except IndexError:
             arena = None
         if arena is None or arena.numel() < needed:
-            arena = torch.empty(needed + needed // 8, dtype=torch.uint8)
+            arena = torch.empty(needed + needed // 8, dtype=torch.uint8, device="cpu")
         failure = function(
             Addresses(*[t.data_ptr() for t in given]),
             fixed_addresses,

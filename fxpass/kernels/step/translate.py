@@ -19,6 +19,8 @@ from .values import Formula, Place, Value
 from .views import Unsupported, numel, printed, same
 from .writer import Writer
 
+#: what a rule raises where an op has arguments that it does not know
+_NOT_PRINTED = (Unsupported, IndexError, KeyError, ZeroDivisionError, OverflowError)
 #: arguments of ops that say how to make a tensor whose shape and type are known already
 _MAKING = {"dtype", "layout", "device", "pin_memory", "memory_format"}
 
@@ -96,16 +98,16 @@ class _Translation:
         for node in nodes:
             try:
                 self.values[node] = self.value(node)
-            except Unsupported as error:
-                raise Refusal(node, str(error)) from None
+            except _NOT_PRINTED as error:
+                raise Refusal(node, f"{node.target}: {error}") from None
         made = []
         for number, node in enumerate(outputs):
             try:
                 self.return_value(number, node)
-            except Unsupported as error:
-                raise Refusal(node, str(error)) from None
+            except _NOT_PRINTED as error:
+                raise Refusal(node, f"{node.target}: {error}") from None
             made.append((node, Out(node.meta["val"])))
-        symbols = self.symbols()
+        symbols = self.symbols(nodes[0])
         lines = [f"{len(nodes)} ops in one function: kernels, and loops for what is between them", "sizes:"]
         lines += [f"  {s}: dimension {d} of {self.inputs[k].name}" for s, (k, d) in symbols.items()]
         text = self.writer.source("STEP", [str(s) for s in symbols], lines)
@@ -219,7 +221,7 @@ class _Translation:
 
     # --- sizes
 
-    def symbols(self) -> dict[sympy.Symbol, tuple[int, int]]:
+    def symbols(self, first: fx.Node) -> dict[sympy.Symbol, tuple[int, int]]:
         """Where each size is read; inputs of the whole graph are added where those of the step do not tell it."""
         wanted: set[sympy.Symbol] = set()
         for buffer in self.writer.buffers:
@@ -231,15 +233,22 @@ class _Translation:
                 elif isinstance(each, sympy.Expr):
                     wanted |= each.free_symbols
         found: dict[sympy.Symbol, tuple[int, int]] = {}
-        for node in (*self.inputs, *self.placeholders):
-            made = node.meta["val"]
-            for d, n in enumerate(Out(made).shape if isinstance(made, Tensor) else ()):
-                if n in wanted and n not in found:
-                    self.known(node)
-                    found[n] = (self.inputs.index(node), d)
-        missing = wanted - found.keys()
-        if missing:
-            raise Refusal(self.placeholders[0], f"no input has the sizes {missing}")
+        seen: set[fx.Node] = set()
+        while missing := wanted - found.keys():
+            telling = (n for n in (*self.inputs, *self.placeholders) if n not in seen and missing & _sizes(n))
+            node = next(telling, None)
+            if node is None:
+                raise Refusal(first, f"no input has the sizes {missing}")
+            seen.add(node)
+            self.known(node)
+            for d, n in enumerate(Out(node.meta["val"]).shape):
+                wanted |= n.free_symbols  # its whole shape is checked at each call
+                if n.is_Symbol:
+                    found.setdefault(n, (self.inputs.index(node), d))
         return {symbol: found[symbol] for symbol in sorted(found, key=str)}
 
 
+def _sizes(node: fx.Node) -> set[sympy.Symbol]:
+    """Sizes that the shape of a node tells as they are."""
+    made = node.meta["val"]
+    return {n for n in Out(made).shape if n.is_Symbol} if isinstance(made, Tensor) else set()

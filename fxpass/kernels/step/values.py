@@ -99,7 +99,7 @@ class Pieces:
 
     def plus(self, other: Pieces) -> Pieces | None:
         """The sum, where no piece of one is on a piece of the other and that can be seen."""
-        if self.dim != other.dim:
+        if self.dim != other.dim or self.dtype != other.dtype:
             return None
         parts = (*self.parts, *other.parts)
         if not all(start.is_Integer and part.shape[self.dim].is_Integer for start, part in parts):

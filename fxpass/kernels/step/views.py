@@ -13,14 +13,8 @@ import torch
 Size: TypeAlias = sympy.Expr
 Shape: TypeAlias = tuple[Size, ...]
 
-#: C++ types of elements
-TYPES = {
-    torch.float64: "double",
-    torch.float32: "float",
-    torch.int64: "int64_t",
-    torch.int32: "int32_t",
-    torch.bool: "bool",
-}
+#: C++ types of elements; tensors of several types take turns in one place, so each may alias any other
+TYPES = {torch.float64: "f64", torch.float32: "f32", torch.int64: "i64", torch.int32: "i32", torch.bool: "b8"}
 
 
 class Unsupported(Exception):
@@ -77,7 +71,8 @@ class View:
         terms = [] if self.offset == 0 else [printed(self.offset)]
         for index, stride in zip(indices, self.strides, strict=True):
             if index != "0" and stride != 0:
-                terms.append(index if stride == 1 else f"{index} * {printed(stride)}")
+                inside = index if index.isidentifier() or index.isdigit() else f"({index})"
+                terms.append(inside if stride == 1 else f"{inside} * {printed(stride)}")
         return f"b{self.buffer}[{' + '.join(terms) or '0'}]"
 
     def pointer(self) -> str:
@@ -130,6 +125,8 @@ class View:
 
 def _divides(a: Size, b: Size) -> bool:
     """Whether it is plain that ``b`` is a multiple of ``a``."""
+    if a == 0 or b == 0:
+        return bool(b == 0)
     quotient = sympy.expand(b) / a if a.is_Integer else sympy.cancel(b / a)
     terms = sympy.Add.make_args(sympy.expand(quotient))
     return all(term.as_coeff_Mul()[0].is_Integer and sympy.denom(term) == 1 for term in terms)

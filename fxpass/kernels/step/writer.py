@@ -128,7 +128,8 @@ class Writer:
                     self.store(value.inner, inside)
                 else:
                     whole = self.contiguous(value.inner).reshape(value.shape)
-                    assert whole is not None
+                    if whole is None:
+                        raise Unsupported(f"a reshape to {value.shape}")
                     self.store(Place(whole), to)
             case _:
                 self._copy(value, to)
@@ -264,6 +265,19 @@ _HEAD = """#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+// every op rounds, as ATen's do: x * x - y * y is 0 where x is y
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+typedef double f64 __attribute__((may_alias));
+typedef float f32 __attribute__((may_alias));
+typedef int64_t i64 __attribute__((may_alias));
+typedef int32_t i32 __attribute__((may_alias));
+typedef bool b8 __attribute__((may_alias));
 
 // memory of a tensor begins at a line of the cache
 static constexpr int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
