@@ -14,7 +14,13 @@ Size: TypeAlias = sympy.Expr
 Shape: TypeAlias = tuple[Size, ...]
 
 #: C++ types of elements; tensors of several types take turns in one place, so each may alias any other
-TYPES = {torch.float64: "f64", torch.float32: "f32", torch.int64: "i64", torch.int32: "i32", torch.bool: "b8"}
+TYPES = {
+    torch.float64: "Float64",
+    torch.float32: "Float32",
+    torch.int64: "Int64",
+    torch.int32: "Int32",
+    torch.bool: "Bool",
+}
 
 
 class Unsupported(Exception):

@@ -273,11 +273,11 @@ _HEAD = """#include <algorithm>
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-typedef double f64 __attribute__((may_alias));
-typedef float f32 __attribute__((may_alias));
-typedef int64_t i64 __attribute__((may_alias));
-typedef int32_t i32 __attribute__((may_alias));
-typedef bool b8 __attribute__((may_alias));
+typedef double Float64 __attribute__((may_alias));
+typedef float Float32 __attribute__((may_alias));
+typedef int64_t Int64 __attribute__((may_alias));
+typedef int32_t Int32 __attribute__((may_alias));
+typedef bool Bool __attribute__((may_alias));
 
 // memory of a tensor begins at a line of the cache
 static constexpr int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
