@@ -6,6 +6,7 @@ and, in each environment, pytest.  Exits with 1 when anything failed.
 
     python run_tests.py                          everything
     python run_tests.py --env mace               one environment
+    python run_tests.py --long                   all variants of all families too
     python run_tests.py -- tests/test_ir.py -x   arguments after -- go to pytest
 """
 
@@ -116,7 +117,7 @@ def prepare(environment: Environment, folder: Path) -> Step | None:
     return Step(f"{environment.name}: install", True, time.monotonic() - start)
 
 
-def test(environment: Environment, folder: Path, arguments: list[str]) -> Step:
+def test(environment: Environment, folder: Path, arguments: list[str], *, long: bool) -> Step:
     """Run pytest; tests that cannot run here are deselected by marker, and the summary says so."""
     python = str(python_of(folder))
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -125,6 +126,7 @@ def test(environment: Environment, folder: Path, arguments: list[str]) -> Step:
 
     cuda = subprocess.run([python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"])
     lacks = environment.lacks if cuda.returncode == 0 else (*environment.lacks, "gpu")
+    lacks = lacks if long else (*lacks, "long")
     wanted = [f"({chosen.m})"] if chosen.m else []
     markers = " and ".join([*wanted, *(f"not {marker}" for marker in lacks)])
     workers = str(min((os.cpu_count() or 1) + 1, 4))  # one more than cores: they often wait for a compiler
@@ -139,6 +141,7 @@ def test(environment: Environment, folder: Path, arguments: list[str]) -> Step:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", choices=[e.name for e in ENVIRONMENTS], help="only this environment")
+    parser.add_argument("--long", action="store_true", help="also tests of further variants, marked long")
     parser.add_argument("--envs", type=Path, default=ROOT / ".envs", metavar="DIR", help="where environments are kept")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     arguments = parser.parse_args()
@@ -161,7 +164,7 @@ def main() -> int:
             steps.append(run("ruff", [python, "-m", "ruff", "check", "."]))
             steps.append(run("mypy", [python, "-m", "mypy"]))
             linted = True
-        steps.append(test(environment, folder, arguments.pytest))
+        steps.append(test(environment, folder, arguments.pytest, long=arguments.long))
 
     print("\n== summary")
     for step in steps:

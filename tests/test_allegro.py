@@ -28,6 +28,7 @@ from test_nequip import (
     refused,
     structures,
 )
+from variants import chosen
 
 pytestmark = pytest.mark.nequip
 
@@ -70,7 +71,10 @@ def allegro(**options: Any) -> Any:
     return build(BUILDER, SIZES | options)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+ALWAYS = ("default", "no-parity-l2", "three-layers", "splines", "zbl-and-cutoffs", "deep-networks")
+
+
+@pytest.mark.parametrize("name", chosen(VARIANTS, *ALWAYS))
 def test_variant_is_exact_in_float64(name: str) -> None:
     compare_variant(allegro(**VARIANTS[name]), AllegroFrontend())
 

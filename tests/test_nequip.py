@@ -18,6 +18,7 @@ from fxpass.errors import MissingExtraError, UnsupportedModelError
 from fxpass.frontends.base import Frontend, converted
 from fxpass.frontends.nequip import NequipFrontend
 from fxpass.structures import Structure, neighbour_list
+from variants import chosen
 
 pytestmark = pytest.mark.nequip
 
@@ -175,7 +176,10 @@ def compare_variant(model: nn.Module, frontend: Frontend) -> None:
         assert torch.equal(value, before[name]), f"the original's {name} was changed"
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+ALWAYS = ("default", "no-parity-l2", "readout-network", "zbl-and-cutoffs", "neighbours-by-type", "norm-activation")
+
+
+@pytest.mark.parametrize("name", chosen(VARIANTS, *ALWAYS))
 def test_variant_is_exact_in_float64(name: str) -> None:
     compare_variant(build(**VARIANTS[name]), NequipFrontend())
 

@@ -14,6 +14,7 @@ import torch
 import fxpass
 from fxpass.capture.capture import copy_model
 from fxpass.structures import Structure
+from variants import chosen
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -219,7 +220,10 @@ def compare_variant(name: str, target: str) -> fxpass.Optimized:
     return optimised
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+ALWAYS = ("default", "like SevenNet-0", "bias, network as readout", "modalities", "softplus, scaled alike")
+
+
+@pytest.mark.parametrize("name", chosen(VARIANTS, *ALWAYS))
 def test_variant_is_exact_in_float64(name: str) -> None:
     compare_variant(name, "eager")
 
@@ -516,7 +520,7 @@ def test_a_file_is_read_though_a_checkpoint_of_the_wheel_has_its_name(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["7net-0", "7net-0_22may2024", "7net-l3i5", "7net-mf-0"])
+@pytest.mark.parametrize("name", chosen(["7net-0", "7net-0_22may2024", "7net-l3i5", "7net-mf-0"], "7net-0"))
 def test_checkpoints_of_the_wheel(name: str) -> None:
     from sevenn.util import load_checkpoint
 
