@@ -394,7 +394,7 @@ def test_sevenns_own_calculator_takes_it() -> None:
     optimised = fxpass.optimize(model, "exact", verify=False)
     for atoms in structures():
         results = []
-        for module in (copy.deepcopy(model), optimised.sequential()):
+        for module in (copy_model(model), optimised.sequential()):  # scripted functions cannot be copied
             atoms.calc = SevenNetCalculator(module, file_type="model_instance", modal="r2scan", device="cpu")
             atoms.get_potential_energy()
             results.append(atoms.calc.results)
