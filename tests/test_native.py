@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import fxpass
+from fxpass.ir.program import TensorSpec
+from fxpass.ir.tracing import trace_program
 from fxpass.kernels.build import find_compiler
 from fxpass.models import collate, small_potential
 from fxpass.structures import Structure, probe_structures
 from fxpass.targets import native
+from fxpass.targets.base import ATEN
 
 pytestmark = pytest.mark.once
 
@@ -38,8 +41,9 @@ def test_the_default_pipeline_runs_in_kernels_within_its_receipt(fused: fxpass.O
     assert receipt is not None and receipt.passed
     assert fused.report.warnings == ()
     assert {row.op for row in fused.manifest} >= {"convolution", "convolution_gradient", "linear", "rows_by"}
-    assert all(row.kernel and not row.reason for row in fused.manifest)
-    assert fused.kernels.keys() == {row.kernel for row in fused.manifest}
+    kernels = [row for row in fused.manifest if row.kernel != ATEN]
+    assert all(row.kernel and not row.reason for row in kernels)
+    assert fused.kernels.keys() == {row.kernel for row in kernels}
     assert all(name in text for name, text in fused.kernels.items())
 
 
@@ -103,6 +107,17 @@ def test_changed_weights_are_used_and_told(model: torch.nn.Module) -> None:
             changed = each.frontend.evaluate(each, structure).energy
         assert abs(changed - before) > 1e-3
     assert exact.frontend.evaluate(exact, structure).energy == before
+
+
+def test_an_op_that_runs_as_aten_between_kernels_is_told() -> None:
+    inputs = (TensorSpec("x", ("atoms", 4), torch.float64),)
+    outputs = (TensorSpec("y", ("atoms", 4), torch.float64),)
+    program, _ = trace_program(lambda x: (torch.cumsum(x.exp() * 2 + x, 1),), inputs, outputs, {}, stage="energy")
+    lowered = native.Native(program)
+    (told,) = [row for row in lowered.manifest if row.kernel == ATEN]
+    assert told.op == "aten.cumsum.default" and "no C++ is printed for aten.cumsum" in told.reason
+    x = torch.rand(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(lowered(x)[0], torch.cumsum(x.exp() * 2 + x, 1))
 
 
 def test_no_compiler(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

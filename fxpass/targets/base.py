@@ -12,16 +12,20 @@ from torch import fx, nn
 from ..ir.guards import lower_guards
 from ..ir.program import Program
 
+#: in place of the name of a kernel: an op of ATen between kernels, which no pass promised one
+ATEN = "ATen"
+
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """What runs one semantic op of a lowered program.
+    """What runs one op of a lowered program.
 
     Attributes:
         node: its name.
         op: name of the op, without namespace.
-        kernel: name of the kernel, or empty where the reference in ATen runs.
-        reason: why the reference runs.
+        kernel: name of the kernel, ``ATEN`` where an op of ATen runs as it is, or empty where the reference of a
+            semantic op does.
+        reason: why no kernel runs.
     """
 
     node: str

@@ -20,7 +20,7 @@ from ..kernels.choice import Choice, choose
 from ..kernels.edges import IN_ORDER, PLAIN, BoundEdges, EdgesKernel
 from ..kernels.step.run import Plan, bind, graph_of, plan
 from ..kernels.step.translate import Fixed
-from .base import LEGAL, ManifestRow, executable
+from .base import ATEN, LEGAL, ManifestRow, executable
 
 #: edges and atoms fused, linear maps folded; of the semantic ops that are left those without a kernel become ATen
 FUSED = (
@@ -108,6 +108,8 @@ class Native(nn.Module):
         chosen, self.manifest = _choices(bare)
         steps = plan(bare.graph, chosen)
         self.manifest += tuple(ManifestRow("", f"{step.nodes} ops in one", step.name) for step in steps.steps)
+        ops = {node.name: str(node.target) for node in bare.graph.nodes}
+        self.manifest += tuple(ManifestRow(name, ops[name], ATEN, why) for name, why in steps.refused.items())
         self.sources = {c.kernel.name: c.kernel.source for c in chosen.values()}
         self.sources |= {step.name: step.source for step in steps.steps}
         self.fused = _bound(self.eager, bare.graph, steps, chosen, build(self.sources, compiler))
