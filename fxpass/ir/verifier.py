@@ -1,11 +1,14 @@
 """The verifier: derives shapes, dtypes and irreps of every node again, and names the node that breaks.
 
-It runs after every pass.  What it derives is stored: ``meta["val"]`` and ``meta["irreps"]``.
+It runs after every pass.  What it derives is stored: ``meta["val"]`` and ``meta["irreps"]``.  A node that calls the
+same op on the same values as when it was derived last has the same result, so only what a pass changed, and what
+depends on it, is derived again.
 """
 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from .metadata import provenance
 from .program import Program
 from .sparsity import SPARSE
 from .sparsity import check as check_sparsity
-from .tracing import SIZES
+from .tracing import dims_of, size_names, sizes_of
 
 #: functions on symbolic sizes that a graph may call besides ops
 ARITHMETIC = frozenset(
@@ -53,23 +56,27 @@ def verify(program: Program) -> None:
         _check_node(node)
     if len(program.placeholders) != len(program.inputs):
         raise PassError("the graph's placeholders do not match the program's inputs")
-    fakes = fake_inputs([(s.name, s.dims, s.dtype) for s in program.inputs], SIZES)
+    inputs = _inputs(program)
+    inputs.sound = False  # a size that a failure ties stays tied
+    fakes = inputs.fakes
     with fakes[0].fake_mode, torch.no_grad():
         returned = _Derive(program).run(*fakes)
     sizes: dict[str, Any] = {}
     for spec, fake in zip(program.inputs, fakes, strict=True):
         sizes.update(zip(map(str, spec.dims), fake.shape, strict=True))
     for spec, value, node in zip(program.outputs, returned, program.results.values(), strict=True):
-        shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.dims)
+        shape = tuple(d if isinstance(d, int) else sizes.get(d, d) for d in spec.dims)
         same = len(shape) == value.dim() and all(
             str(a) == str(b) for a, b in zip(shape, value.shape, strict=True)
         )
+        same = same or spec.dims == dims_of(value, size_names(program.inputs, fakes))
         if not same or value.dtype != spec.dtype:
             found, declared = f"{list(value.shape)} of {value.dtype}", f"{list(spec.dims)} of {spec.dtype}"
             raise PassError(f"the output {spec.name} is {found}, declared {declared}", where=_place(node))
     frozen = frozen_sizes(fakes)
     if frozen:
         raise PassError(f"the graph ties a size to a value: {'; '.join(frozen)}")
+    inputs.sound = True
     for spec, node in zip(program.inputs, program.placeholders.values(), strict=True):
         node.meta["irreps"] = spec.irreps
     for node in program.graph.nodes:
@@ -112,6 +119,57 @@ def _check_node(node: fx.Node) -> None:
         raise PassError(f"{target} changes a tensor in place", where=_place(node), hint="use the functional op")
 
 
+@dataclass
+class _Inputs:
+    """Fake inputs, which programs that come of each other share, so that what was derived from them stays true.
+
+    Attributes:
+        specs: name, dims and dtype of each.
+        fakes: of one fake mode.
+        sound: whether no verification that used them failed.
+    """
+
+    specs: list[tuple[str, tuple[int | str, ...], torch.dtype]]
+    fakes: tuple[Any, ...]
+    sound: bool = True
+
+
+def _inputs(program: Program) -> _Inputs:
+    """The inputs that all placeholders were derived with last, or new ones."""
+    specs = [(s.name, s.dims, s.dtype) for s in program.inputs]
+    nodes = list(program.placeholders.values())
+    known = nodes[0].meta.get("derived_with")
+    if known is None or not known.sound or known.specs != specs or any(
+        n.meta.get("derived_with") is not known for n in nodes
+    ):
+        known = _Inputs(specs, fake_inputs(specs, sizes_of(program.inputs)))
+    for node in nodes:
+        node.meta["derived_with"] = known
+    return known
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """What a call gave: its op, the values it was given, and its result."""
+
+    target: Any
+    operands: Any
+    result: Any
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether an op that is given ``a`` cannot tell it from ``b``."""
+    if a is b:
+        return True
+    if type(a) is not type(b) or isinstance(a, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
 class _Derive(fx.Interpreter):
     """Runs the graph on fake tensors and stores each result."""
 
@@ -120,6 +178,12 @@ class _Derive(fx.Interpreter):
         self.extra_traceback = False
 
     def run_node(self, n: fx.Node) -> Any:
+        calls = n.op == "call_function"
+        operands = self.fetch_args_kwargs_from_env(n) if calls else ()
+        known = n.meta.get("derived") if calls else None
+        if known is not None and known.target is n.target and _same(known.operands, operands):
+            n.meta["val"] = known.result
+            return known.result
         try:
             result = super().run_node(n)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what ops raise at wrong operands
@@ -127,4 +191,6 @@ class _Derive(fx.Interpreter):
             what = f"{n.format_node()} does not fit: {type(error).__name__}: {text}"
             raise PassError(what, where=_place(n)) from error
         n.meta["val"] = result
+        if calls:
+            n.meta["derived"] = _Derived(n.target, operands, result)
         return result
