@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
 NOTHING_COLLECTED = 5  # pytest's exit code; of two calls of it one has none of the tests that were asked for
 #: markers of the families whose packages need e3nn 0.6
-FAMILIES = ("nequip", "sevenn", "schnetpack")
+FAMILIES = ("nequip", "sevenn", "schnetpack", "deepmd")
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ ENVIRONMENTS = (
     Environment("mace", ("-e", ".[mace,triton,dev]"), lacks=FAMILIES),
     Environment(
         "e3nn06",
-        ("-e", ".[ase,dev,nequip,allegro,sevennet,schnetpack]", "e3nn>=0.6,<0.7"),
-        alone=("schnetpack==2.1.1",),
+        ("-e", ".[ase,dev,nequip,allegro,sevennet,schnetpack,deepmd]", "e3nn>=0.6,<0.7"),
+        alone=("schnetpack==2.1.1", "deepmd-kit==3.2.0"),
         lacks=("mace", "once", "triton"),
         apart="nequip",
     ),

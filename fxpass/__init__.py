@@ -1,5 +1,6 @@
 """fxpass: a graph-rewriting compiler for E(3)-equivariant interatomic potentials."""
 
+from . import jit
 from .api import capture, load, optimize, run_passes, verify
 from .committee import Committee
 from .errors import (
@@ -24,6 +25,7 @@ from .optimized import Optimized
 from .passes import Application, Exactness, Outcome, Pass, Refusal
 from .report import PassRecord, Report
 from .structures import Structure, read_structures
+from .training import Trainable, trainable
 from .verify.receipt import Receipt
 
 __version__ = "0.1.0"
@@ -54,16 +56,19 @@ __all__ = [
     "Structure",
     "StructureError",
     "TensorSpec",
+    "Trainable",
     "UnsupportedModelError",
     "UsageError",
     "VerificationError",
     "capture",
     "diff",
+    "jit",
     "load",
     "optimize",
     "program_cost",
     "read_structures",
     "run_passes",
     "snapshot",
+    "trainable",
     "verify",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +21,7 @@ from .capture.capture import copy_model
 from .committee import Committee, join
 from .errors import FxpassError, Location, PackageError, PassError, UnsupportedModelError, UsageError, VerificationError
 from .frontends.base import Frontend, converted
+from .functions import FAMILY, FunctionJudge, OptimizedFunction, lower_function, read_example
 from .ir.program import Program
 from .ir.snapshot import snapshot
 from .ir.verifier import verify as verify_program
@@ -32,7 +33,7 @@ from .pipeline import format_passes, resolve
 from .registry import FRONTENDS, PASSES, default_registry
 from .report import PassRecord, Report
 from .runner import Observer, RunResult, run
-from .structures import Structure, probe_structures, read_structures
+from .structures import Structure, probes_of, read_structures
 from .targets.base import Target, fallbacks
 from .verify.receipt import Receipt
 from .verify.tolerances import parse_budget, tolerance
@@ -80,6 +81,8 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
     passes: Passes = "default",
     *,
     example: Example | None = None,
+    example_inputs: Any = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
     calibration: Example | None = None,
     target: str = "eager",
     budget: str | float | None = None,
@@ -100,6 +103,11 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
             ``differentiate`` is added at the end where the passes leave it out.
         example: structures to verify on besides the frontend's own: a :class:`Structure`, ASE atoms, a
             list of these, or the path of a file with structures.
+        example_inputs: for a module that is no potential, arguments of its ``forward``: a tuple of them, or a dict by
+            name, of tensors and of values that stay as they are. The first size of each tensor may change from call to
+            call where the module takes another one; equal ones change together.
+        dynamic: which sizes may change instead, by name: ``{"x": {0: "batch", 2: "height"}}``; arguments inside
+            others are named ``"data.positions"``. ``{}`` for an argument fixes all its sizes.
         calibration: structures that passes measure on while they choose, of the same kinds, besides the frontend's
             own. Without them: for passes that calibrate, a short molecular dynamics started from the frontend's.
         target: how the result runs: ``"eager"``, ``"torchscript"`` or ``"inductor"``.
@@ -121,6 +129,23 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
         LoweringError: the target cannot carry the graph.
         VerificationError: the result is outside its tolerance; the pass that broke it is named.
     """
+    if example_inputs is not None:
+        given = {"example": example, "calibration": calibration, "budget": budget}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise UsageError(
+                f"{wrong[0]}= is for potentials, and example_inputs= for modules that are none",
+                hint="one of them",
+            )
+        return _optimize_function(
+            *(model, passes, example_inputs, dynamic),
+            target=target,
+            verify=verify,
+            dump=dump,
+            observers=observers,
+            progress=progress,
+        )
+    if dynamic is not None:
+        raise UsageError("dynamic= names sizes of example_inputs, which are missing", hint="example_inputs=(...)")
     if isinstance(model, (list, tuple)):
         if dump is not None:
             raise UsageError("dump= takes one model", hint="optimise the members one by one with a folder for each")
@@ -198,6 +223,95 @@ def optimize(  # type: ignore[misc]  # the overloads leave the options to this s
     return Optimized(interface, result.program, report, frontend, backend, facts, rebuild)
 
 
+def _optimize_function(
+    model: Any,
+    passes: Passes,
+    example_inputs: Any,
+    dynamic: Mapping[str, Mapping[int, str]] | None,
+    *,
+    target: str,
+    verify: bool,
+    dump: str | Path | None,
+    observers: Sequence[Observer],
+    progress: Progress | None,
+) -> OptimizedFunction:
+    """:func:`optimize` for a module that no frontend covers."""
+    _plain_module(model)
+    registry = default_registry()
+    chosen = resolve(passes, registry)
+    backend: Target = registry.target(target)()
+    clock = _Clock(told=progress)
+    with torch.inference_mode(False), torch.enable_grad():
+        source = copy_model(model).eval()
+        notes = ("it was in training mode, and is compiled as in evaluation mode",) if model.training else ()
+        with clock.stage("capture"):
+            given = read_example(source, example_inputs, dynamic)
+            captured = given.capture(source)
+            verify_program(captured)
+        facts = given.facts(source)
+        judge = FunctionJudge(source, given, facts, registry.target("eager")())
+        folder = None if dump is None else _new_folder(Path(dump))
+        watchers = observers if folder is None else (*observers, _Dump(folder))
+        with clock.stage("passes"):
+            result = run(captured, chosen, check=verify_program, observers=watchers)
+        with clock.stage(f"lower to {target}"):
+            fit = legal(result.program, backend, registry)
+            interface = lower_function(fit.program, backend, facts)
+        receipt: Receipt | None = None
+        doubts: tuple[str, ...] = (UNVERIFIED,)
+        if verify:
+            with clock.stage("verify"):
+                probes, refused = judge.probes()
+                receipt = judge.receipt(interface, result.program, probes)
+                rows, doubts = custom_ops(captured, chosen)
+                receipt, doubts = replace(receipt, rows=(*receipt.rows, *rows)), (*refused, *doubts)
+        report = Report(
+            model=f"{type(model).__module__}.{type(model).__qualname__}",
+            frontend=FAMILY.name,
+            pipeline=format_passes(chosen),
+            target=target,
+            versions=_versions(),
+            records=(*result.records, *fit.records),
+            timings=tuple(clock.timings),
+            receipt=receipt,
+            warnings=(*notes, *given.notes, *fallbacks(interface), *doubts),
+        )
+        if folder is not None:
+            (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        if receipt is not None and not receipt.passed:
+            raise judge.failure(receipt, captured, chosen, probes, registry)
+
+    def rebuild(dtype: torch.dtype, device: torch.device) -> OptimizedFunction:
+        if device.type != "cpu":
+            raise UsageError(f"an optimised module cannot move to {device} yet", hint="the original module there")
+        other, options = converted(source, dtype), {"target": target, "verify": verify}
+        return optimize(other, chosen, example_inputs=given.cast(dtype), **options)  # type: ignore[return-value]
+
+    return OptimizedFunction(interface, result.program, report, FAMILY, backend, facts, rebuild)  # type: ignore[arg-type]
+
+
+def _plain_module(model: Any) -> None:
+    """Refuse what ``example_inputs`` are not for."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"example_inputs are for a torch.nn.Module, not for a {type(model).__name__}")
+    if isinstance(model, Optimized):
+        raise UsageError("this model is optimised already", hint="optimise the original")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"this module is compiled to TorchScript already ({model.original_name}), which hides what it is made of",
+            hint="optimise the module that it was made from",
+        )
+    listing = default_registry().listing(FRONTENDS)
+    frontends: list[Frontend] = [listed.loaded() for listed in listing if listed.problem is None]
+    family = next((f.name for f in frontends if f.recognises(model)), None)
+    if family is not None:
+        raise UsageError(
+            f"this is a model of the family {family}, which has inputs of its own",
+            hint="leave example_inputs out; example= takes structures",
+        )
+    _no_hooks(model)
+
+
 def load(path: str | Path) -> Optimized:
     """Load what ``Optimized.save`` wrote; runs no code that the file carries (TorchScript files hold code).
 
@@ -227,7 +341,7 @@ def capture(model: nn.Module | str | Path, *, calibration: Example | None = None
         facts = frontend.attributes(model)
         program = frontend.capture(model)
         verify_program(program)
-        probes = probe_structures(facts["numbers"], facts["cutoff"])
+        probes = probes_of(facts)
         return sampled(program, frontend, facts, (*probes, *_structures(calibration)))
 
 
@@ -254,6 +368,8 @@ def verify(
         budget: for results of approximate passes; by default that of their own receipt, or of the passes themselves.
         probes: compare on the frontend's probe structures too.
     """
+    if optimized.program.stage == "function":
+        raise UsageError("a module without a family is compared by optimize itself", hint="its report has the receipt")
     registry = default_registry()
     own = optimized.report.receipt
     if budget is None:
@@ -313,7 +429,8 @@ def open_model(model: nn.Module | str | Path) -> tuple[nn.Module, Frontend]:
         raise UnsupportedModelError(
             "no frontend covers this model",
             where=Location(module_path="(model)", source=f"{cls.__module__}.{cls.__qualname__}"),
-            hint=f"a model of {known}, or register a frontend (entry point group fxpass.frontends)",
+            hint=f"a model of {known}; example_inputs=(...) for a module that is no potential; or register a frontend "
+            "(entry point group fxpass.frontends)",
         )
     _no_hooks(model)
     found.check(model)
@@ -350,8 +467,15 @@ def _load(reader: Frontend, path: Path) -> nn.Module:
 def assemble(saved: package.Saved) -> Optimized:
     """The drop-in of what was loaded from a file."""
     registry = default_registry()
+    backend: Target = registry.target(saved.report.target)()
+    if saved.program.stage == "function":
+        with torch.inference_mode(False), torch.enable_grad():
+            verify_program(saved.program)
+            interface = saved.script
+            if interface is None:
+                interface = lower_function(legal(saved.program, backend, registry).program, backend, saved.facts)
+        return OptimizedFunction(interface, saved.program, saved.report, FAMILY, backend, saved.facts, None)  # type: ignore[arg-type]
     frontend = registry.frontend(saved.family)()
-    backend = registry.target(saved.report.target)()
     with torch.inference_mode(False), torch.enable_grad():
         verify_program(saved.program)
         interface = saved.script

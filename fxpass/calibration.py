@@ -134,8 +134,7 @@ class _Recorder(nn.Module):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         sample = {spec.name: value.detach() for spec, value in zip(self.program.inputs, inputs, strict=True)}
         self.taken.append(sample)
-        (vectors,) = self.program.with_property("edge_vector")
-        return [*self.run(*inputs), torch.zeros_like(sample[vectors.name])]
+        return [*self.run(*inputs), *(torch.zeros_like(sample[spec.name]) for spec in self.program.differentiated)]
 
 
 def sampled(

@@ -22,7 +22,7 @@ from .pipeline import resolve
 from .registry import default_registry
 from .report import PassRecord, Report
 from .runner import run
-from .structures import Evaluation, Neighbours, Structure, neighbour_list, probe_structures
+from .structures import Evaluation, Neighbours, Structure, neighbour_list, probes_of
 from .targets.ase import calculator
 from .targets.geometry import lower_both
 from .verify.physics import deviation, largest
@@ -92,13 +92,15 @@ class Committee(nn.Module):
         self.features = {spec.name for member in members for spec in member.program.outputs if not spec.unit}
         self.interfaces = nn.ModuleList()
         ends = 0
-        values = sum(len(member.program.outputs) - 1 for member in members)
+        slopes = len(program.differentiated)
+        values = sum(len(member.program.outputs) - slopes for member in members)
         for k, member in enumerate(members):
             own: Any = member.interface
-            rows = tuple(range(ends, ends + len(member.program.outputs) - 1))
+            rows = tuple(range(ends, ends + len(member.program.outputs) - slopes))
             ends += len(rows)
             energy = _Member(self.merged, rows, own.energy_program, derive=False)
-            forces = _Member(self.merged, (*rows, values + k), own.forces_program, derive=True)
+            gradients = range(values + k * slopes, values + (k + 1) * slopes)
+            forces = _Member(self.merged, (*rows, *gradients), own.forces_program, derive=True)
             facts = {**member.facts, "assumptions": list(program.assumptions)}
             self.interfaces.append(self.frontend.interface(energy, forces, facts))
         self.eval()
@@ -233,7 +235,7 @@ def join(members: Sequence[Optimized], target: str = "eager", *, verify: bool = 
         verify_program(merged)
         shared = run(merged, resolve(SHARING, registry), check=verify_program)
         fit = legal(shared.program, backend, registry)
-        runs = lower_both(fit.program, backend, gradients=len(members))
+        runs = lower_both(fit.program, backend, gradients=len(members) * len(merged.differentiated))
     records = (*shared.records, *fit.records)
     report = CommitteeReport(tuple(member.report for member in members), target, records, None)
     committee = Committee(members, shared.program, runs, report)
@@ -266,7 +268,7 @@ def _agreement(committee: Committee) -> Receipt:
     dtype, exactness = facts["dtype"], Exactness.REASSOCIATES
     bounds = tolerance(dtype, exactness).values
     rows = []
-    for structure in probe_structures(facts["numbers"], facts["cutoff"]):
+    for structure in probes_of(facts):
         _, spread = committee.evaluate(structure)
         for k, member in enumerate(committee.members):
             alone = committee.frontend.evaluate(member, structure)

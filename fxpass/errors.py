@@ -61,6 +61,10 @@ class UnsupportedModelError(FxpassError):
     """A model, module or variant that no frontend covers; named by path and class."""
 
 
+class UnsupportedModuleError(UnsupportedModelError, NotImplementedError):
+    """A module that is marked as one that TorchScript cannot carry; named by path and class."""
+
+
 class MissingExtraError(FxpassError):
     """An optional package is needed and not installed; the hint is the pip line to type."""
 
@@ -91,6 +95,10 @@ class StructureError(UsageError):
 
 class LoweringError(FxpassError):
     """A target cannot carry the graph."""
+
+
+class FrozenTraceError(LoweringError):
+    """A trace that holds for the traced inputs alone: a size, a branch or a result is a constant in it."""
 
 
 class KernelError(LoweringError):

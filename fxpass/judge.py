@@ -21,7 +21,7 @@ from .passes import Exactness, Pass
 from .pipeline import resolve
 from .registry import Registry
 from .runner import run
-from .structures import Evaluator, Structure, probe_structures
+from .structures import Evaluator, Structure, probes_of
 from .targets.base import Target
 from .verify.devices import device_rows, kernel_rows
 from .verify.receipt import Receipt, Row, make_receipt
@@ -53,7 +53,7 @@ class Judge:
 
     def probes(self) -> tuple[Structure, ...]:
         """The frontend's probe structures, and one of them for every further head."""
-        probes = probe_structures(self.facts["numbers"], self.facts["cutoff"])
+        probes = probes_of(self.facts)
         heads = self.facts.get("heads", [])
         if len(heads) > 1:  # a model may refuse to choose
             probes = tuple(replace(probe, head=heads[0]) for probe in probes)
@@ -71,7 +71,7 @@ class Judge:
         if single or self.exactness is Exactness.APPROXIMATE:  # which may compute in more than one type
             facts = {**self.facts, "dtype": "float64"}
             twin = self.evaluator(lower(program.cast(torch.float64), self.eager, self.frontend, facts))
-        return make_receipt(
+        receipt = make_receipt(
             reference,
             self.evaluator(interface),
             structures=structures,
@@ -81,6 +81,9 @@ class Judge:
             budget=self.budget,
             candidate64=twin,
         )
+        if "structures" in self.facts:  # it may be bound to these atoms in this order, as bonds between them are
+            receipt = replace(receipt, rows=tuple(row for row in receipt.rows if row.check != "permutation"))
+        return receipt
 
     def failure(
         self,

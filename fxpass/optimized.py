@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from . import package
+from .derivatives import Derivatives
 from .errors import UsageError
 from .ir.program import Program
 from .report import Report
@@ -96,6 +97,20 @@ class Optimized(nn.Module):
             UsageError: a skin that is no length.
         """
         return calculator(partial(self.frontend.evaluate, self), self.facts["cutoff"], head=head, skin=skin)
+
+    def derivatives(self, *, dtype: torch.dtype | None = None, memory: int = 2**30) -> Derivatives:
+        """Stress, virials, Hessians, elastic constants, Jacobians and more: :class:`fxpass.derivatives.Derivatives`.
+
+        Keep what this returns: each kind of derivative is traced once for it.
+
+        Args:
+            dtype: to compute derivatives in; that of the model if None.
+            memory: bytes that may be kept of a structure between directions of a Hessian.
+
+        Raises:
+            UsageError: the memory is negative, or the type is none to compute in.
+        """
+        return Derivatives(self.program, self.frontend, self.facts, dtype=dtype, memory=memory)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the model to ``path``: a data-only package, or a TorchScript file for that target.

@@ -75,7 +75,7 @@ class Pass:
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness] = Exactness.EXACT
-    stages: ClassVar[tuple[Stage, ...]] = ("energy", "forces")
+    stages: ClassVar[tuple[Stage, ...]] = ("energy", "forces", "function")
     calibrated: ClassVar[bool] = False
     default_budget: ClassVar[float | None] = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -475,6 +475,16 @@ FCC = np.array([[0.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.
 # A compact cluster without any symmetry once it is rattled, in units of the nearest neighbour distance.
 BIPYRAMID = np.array([[0.58, 0, 0], [-0.29, 0.5, 0], [-0.29, -0.5, 0], [0, 0, 0.82], [0, 0, -0.82]])
 STRAIN = np.array([[1.04, 0.06, -0.03], [0.0, 0.95, 0.05], [0.0, 0.0, 1.03]])
+
+
+def probes_of(facts: Mapping[str, Any]) -> tuple[Structure, ...]:
+    """Structures to probe a model with: those that its facts name (``"structures"``), else :func:`probe_structures`.
+
+    A force field with fixed bonds is for the atoms that it was made for, and says which these are.
+    """
+    if own := facts.get("structures"):
+        return tuple(Structure(s["numbers"], s["positions"], s["cell"], s["pbc"], s["name"]) for s in own)
+    return probe_structures(facts["numbers"], facts["cutoff"])
 
 
 def probe_structures(numbers: Iterable[int], cutoff: float) -> tuple[Structure, ...]:

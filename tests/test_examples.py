@@ -96,3 +96,46 @@ def test_mace_ase(tmp_path: Path) -> None:
     # the budget of the default preset, whose tables move forces by 1e-6 eV/A at most
     assert all(float(energy) < 1e-7 and float(force) < 1e-6 for energy, force in errors)
     assert len(re.findall(r"NVE energy within [\d.]+ meV/atom", printed)) == 2
+
+
+@pytest.mark.slow
+def test_deformable_attention(tmp_path: Path) -> None:
+    printed = run("deformable_attention.py", "--queries", "20", "--output", "layer.pt", cwd=tmp_path)
+    (baked,) = re.findall(r"torch\.jit\.trace: off by ([\d.]+), silently", printed)
+    assert float(baked) > 0.3
+    assert re.findall(r"refused, (\w+):", printed) == ["FrozenTraceError", "CaptureError"]
+    assert "result on cpu, sample 0: off by" in printed
+    (error,) = re.findall(r"layer\.pt: off by (\S+) on 20 queries", printed)
+    assert float(error) < 1e-12
+
+
+@pytest.mark.mace
+@pytest.mark.slow
+def test_fine_tune_mace(tmp_path: Path) -> None:
+    printed = run("fine_tune_mace.py", "--steps", "12", "--output", "tuned.model", cwd=tmp_path)
+    first, *_, last, original = (float(value) for value in re.findall(r"loss ([\d.]+)", printed))
+    assert last < first and original < first
+    assert (tmp_path / "tuned.model").is_file()
+
+
+@pytest.mark.slow
+def test_classical_force_field(tmp_path: Path) -> None:
+    pytest.importorskip("ase")
+    printed = run("classical_force_field.py", "--molecules", "3", "--steps", "20", "--target", "eager", cwd=tmp_path)
+    assert "receipt passed" in printed
+    original, optimised = re.findall(r"^(?:original|optimised): (-?[\d.]+) eV", printed, re.MULTILINE)
+    assert original == optimised
+    (drift,) = re.findall(r"total energy within ([\d.]+) meV/atom", printed)
+    assert float(drift) < 5
+    ((start, found, true),) = re.findall(r"bonds of (\S+) became (\S+) eV/A\^2, the reference has (\S+)", printed)
+    assert float(start) == pytest.approx(0.8 * float(true), rel=1e-4) and float(found) == pytest.approx(float(true))
+
+
+@pytest.mark.slow
+def test_plain_deep_potential(tmp_path: Path) -> None:
+    printed = run("plain_deep_potential.py", "--step", "0.02", "--cells", "2", cwd=tmp_path)
+    found = re.findall(r"^(\w+, order \d): largest force error (\S+) eV/A", printed, re.MULTILINE)
+    errors = {name: float(error) for name, error in found}
+    assert errors["command, order 3"] == errors["Python, order 3"]
+    assert errors["Python, order 5"] < 0.01 * errors["Python, order 3"] < 1e-6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compressed.fxp", "model.pt"]

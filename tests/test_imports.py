@@ -29,12 +29,12 @@ ORDER = (
     {"capture"},
     {"runner", "verify", "instruments"},
     {"report"},
-    {"render", "frontends", "targets"},
-    {"package", "calibration", "lowering", "judge"},
+    {"render", "frontends", "targets", "jit"},
+    {"package", "calibration", "lowering", "judge", "derivatives"},
     {"optimized"},
-    {"committee"},
+    {"committee", "functions"},
     {"api"},
-    {"cli", "testing"},
+    {"cli", "testing", "training"},
     {"fxpass", "__main__"},  # the public names, and ``python -m fxpass``
 )
 ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}

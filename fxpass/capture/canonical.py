@@ -6,6 +6,7 @@ look for ``fxpass::gather`` and ``fxpass::scatter_sum`` only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,15 @@ from ..ir.metadata import provenance, set_provenance
 aten = torch.ops.aten
 
 
-def raise_gathers_and_scatters(graph: fx.Graph) -> int:
-    """Replace, in place, gathers along the first dimension and scatters into zeros; returns how many."""
+Trust = Callable[[fx.Node, Any], bool]
+
+
+def raise_gathers_and_scatters(graph: fx.Graph, trusts: Trust = lambda index, size: True) -> int:
+    """Replace, in place, gathers along the first dimension and scatters into zeros; returns how many.
+
+    ``trusts`` says of an index and the size of what it points into whether it stays within: the semantic ops do not
+    look, and know no negative indices.
+    """
     count = 0
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -27,6 +35,9 @@ def raise_gathers_and_scatters(graph: fx.Graph) -> int:
         if replacement is None:
             continue
         target, args = replacement
+        into = args[0].meta["val"].shape[0] if target is ops.gather else args[2]
+        if not trusts(args[1], into):
+            continue
         with graph.inserting_before(node):
             new = graph.call_function(target, args)
         new.meta["val"] = node.meta.get("val")

@@ -8,17 +8,28 @@ dynamic, complete and free of opaque parts; what cannot be proven is refused, wi
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .._torch_compat import size_expr
 from ..errors import CaptureError, Location
 from ..ir.metadata import provenance
 from ..ir.program import Program, TensorSpec, ancestors
-from ..ir.tracing import OTHER_SIZES, SIZES, module_provenance, record_sources, trace_program
+from ..ir.tracing import (
+    OTHER_SIZES,
+    SIZES,
+    dims_of,
+    module_provenance,
+    record_sources,
+    size_names,
+    trace_program,
+)
 from .canonical import raise_gathers_and_scatters
 from .rules import RULES, Rule, install
 
@@ -37,12 +48,17 @@ def copy_model(model: nn.Module) -> nn.Module:
 
     Nor can scripted functions, which the copy shares with the model.
     """
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in model.parameters()
-    }
+    memo: dict[int, Any] = {id(p): _copy_of(p, name) for name, p in model.named_parameters()}
     attributes = (value for module in model.modules() for value in vars(module).values())
     memo.update({id(value): value for value in attributes if isinstance(value, torch.jit.ScriptFunction)})
     return copy.deepcopy(model, memo)
+
+
+def _copy_of(parameter: nn.Parameter, name: str) -> nn.Parameter:
+    """A copy that knows which parameter of the first model it comes from; rules may keep it under other names."""
+    copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    copied.origin = getattr(parameter, "origin", name)  # type: ignore[attr-defined]
+    return copied
 
 
 def prepare(model: nn.Module, rules: Mapping[str, Rule] = RULES) -> nn.Module:
@@ -61,26 +77,108 @@ def capture(
     outputs: tuple[TensorSpec, ...],
     *,
     energy: str = "energy",
+    example: Callable[[int], Sequence[Tensor]] | None = None,
 ) -> Program:
     """Trace ``function`` over ``model`` to an energy program and prove it dynamic and complete.
 
     Args:
         function: one tensor per input spec -> one tensor per output spec; calls ``model``.
         model: a module made by :func:`prepare`.
-        inputs: canonical inputs; the one with property ``"edge_vector"`` is what forces come from.
+        inputs: canonical inputs; those that are differentiated (``Program.differentiated``) are what forces come from.
         outputs: what ``function`` returns, in order; their shapes and dtypes are filled in from the trace.
         energy: name of the output that forces are the derivative of.
+        example: seed -> inputs to run the program on, in which the seed moves atoms alone; three atoms if None.
 
     Raises:
         CaptureError: the model froze a size, reads uninitialised memory, ignores an input that the
             energy must depend on, or holds an op without a shape function.
     """
-    constants = dict([*model.named_parameters(), *model.named_buffers()])
+    program = _trace_twice(function, model, Program(fx.GraphModule({}, fx.Graph()), inputs, outputs, energy=energy))
+    raise_gathers_and_scatters(program.graph)
+    program.graph_module.recompile()
+    _check_complete(program)
+    depends_on_positions(program, example)
+    return replace(program, outputs=_checked_outputs(program))
+
+
+def capture_function(
+    function: Callable[..., Sequence[Tensor]],
+    model: nn.Module,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+) -> Program:
+    """Trace any ``function`` over ``model`` to a program at stage ``"function"``, as :func:`capture` does.
+
+    Attention is traced in its plain form, which has derivatives of every order and runs on every device.  Inputs that
+    become indices get the property ``"index:SIZE"`` or ``"below:NUMBER"``, which their caller has to see to.
+
+    Raises:
+        CaptureError: as :func:`capture`; or an output is a constant, or drawn at random.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            bare = Program(fx.GraphModule({}, fx.Graph()), inputs, outputs, stage="function")
+            program = _trace_twice(function, model, bare)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    values = [node.meta["val"] for node in program.placeholders.values()]
+    names = size_names(inputs, values)
+    found: dict[str, set[str]] = {}
+
+    def trusts(index: fx.Node, size: Any) -> bool:
+        """Whether an index is an input, or a part of one, and the caller can be told what it has to stay within."""
+        size = size.meta["val"] if isinstance(size, fx.Node) else size
+        limit = f"below:{size}" if isinstance(size, int) else f"index:{names.get(size_expr(size), '')}"
+        source = _part_of(index)
+        if source.op != "placeholder" or limit == "index:":
+            return False
+        found.setdefault(source.name, set()).add(limit)
+        return True
+
+    raise_gathers_and_scatters(program.graph, trusts)
+    program.graph_module.recompile()
+    _check_complete(program)
+    for node in program.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CaptureError(
+                f"{node.target} draws random numbers, which no drop-in could draw alike",
+                where=Location(node=node.name, module_path=provenance(node).module, source=provenance(node).source),
+                hint="draw them outside of the module, and give them to it",
+            )
+    placed = zip(inputs, program.placeholders.values(), strict=True)
+    inputs = tuple(replace(s, properties=s.properties | found.get(node.name, set())) for s, node in placed)
+    results = zip(outputs, program.results.values(), strict=True)
+    outputs = tuple(replace(s, dims=dims_of(n.meta["val"], names), dtype=n.meta["val"].dtype) for s, n in results)
+    return replace(program, inputs=inputs, outputs=outputs)
+
+
+#: ops whose result is a part of their first operand
+_PARTS = frozenset(
+    {
+        *(torch.ops.aten.select.int, torch.ops.aten.slice.Tensor, torch.ops.aten.view.default),
+        *(torch.ops.aten.unbind.int, torch.ops.aten.alias.default, torch.ops.aten.detach.default, operator.getitem),
+    }
+)
+
+
+def _part_of(node: fx.Node) -> fx.Node:
+    """What ``node`` is a part of, or itself."""
+    while node.op == "call_function" and node.target in _PARTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _trace_twice(function: Callable[..., Sequence[Tensor]], model: nn.Module, like: Program) -> Program:
+    """``function`` traced to a program with the interface and stage of ``like``; the same one at both sizes."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    constants = {f"m_{name}" if name[:1].isdigit() else name: tensor for name, tensor in named}
 
     def traced(*values: Tensor) -> Sequence[Tensor]:
         try:
             return function(*values)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
             if _raised_by_us(error):
                 raise
             raise _trace_failure(error) from error
@@ -89,11 +187,11 @@ def capture(
         with module_provenance(model):
             return trace_program(
                 traced,
-                inputs,
-                outputs,
+                like.inputs,
+                like.outputs,
                 constants,
-                stage="energy",
-                energy=energy,
+                stage=like.stage,
+                energy=like.energy,
                 sizes=sizes,
                 mutates=True,
                 stacks=stacks,
@@ -108,11 +206,7 @@ def capture(
             hint="replace len(tensor), int(size) and branches on sizes in the model by tensor operations",
         )
     record_sources(program.graph)
-    raise_gathers_and_scatters(program.graph)
-    program.graph_module.recompile()
-    _check_complete(program)
-    depends_on_positions(program)
-    return replace(program, outputs=_checked_outputs(program))
+    return program
 
 
 def _raised_by_us(error: Exception) -> bool:
@@ -187,12 +281,12 @@ def _check_complete(program: Program) -> None:
                 f"the output {name} is a constant and depends on no input",
                 hint="check that forward computes it from what it is given",
             )
-        for spec in program.with_property("edge_vector"):
-            if name == program.energy and program.placeholders[spec.name] not in behind:
-                raise CaptureError(
-                    f"the energy does not depend on {spec.name}: forces would be zero",
-                    hint="check that forward computes the energy from the positions it is given, without detach",
-                )
+        moved = [spec.name for spec in program.differentiated]
+        if name == program.energy and moved and behind.isdisjoint(program.placeholders[name] for name in moved):
+            raise CaptureError(
+                f"the energy does not depend on {' or '.join(moved)}: forces would be zero",
+                hint="check that forward computes the energy from the positions it is given, without detach",
+            )
 
 
 def _checked_outputs(program: Program) -> tuple[TensorSpec, ...]:
@@ -213,7 +307,7 @@ def _checked_outputs(program: Program) -> tuple[TensorSpec, ...]:
     return tuple(checked(s, n) for s, n in zip(program.outputs, program.results.values(), strict=True))
 
 
-def depends_on_positions(program: Program) -> None:
+def depends_on_positions(program: Program, example: Callable[[int], Sequence[Tensor]] | None = None) -> None:
     """Proof by running: two inputs that differ in edge vectors only must give different, finite outputs.
 
     Reachability alone does not show it: ``torch.ones_like(edge_vectors)`` is reached and constant.
@@ -221,9 +315,9 @@ def depends_on_positions(program: Program) -> None:
     Raises:
         CaptureError: an output that is computed from edge vectors is the same, or not a number.
     """
-    vectors = {program.placeholders[s.name] for s in program.with_property("edge_vector")}
+    vectors = {program.placeholders[s.name] for s in program.differentiated}
     with torch.no_grad():
-        runs = [program.graph_module(*_example(program, seed)) for seed in (0, 1)]
+        runs = [program.graph_module(*(example or partial(_example, program))(seed)) for seed in (0, 1)]
     for (name, node), before, after in zip(program.results.items(), *runs, strict=True):
         if vectors.isdisjoint(ancestors([node])):
             continue

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,15 +39,26 @@ class TensorProductStandIn(nn.Module):
 
     def __init__(self, tp: Any, path: str) -> None:
         super().__init__()
-        self.spec = str(tensor_product_spec(tp, path))
+        apart = _pairs_apart(tp)
+        self.spec = str(tensor_product_spec(apart, path))
+        self.register_buffer("columns1", apart.columns1)
+        self.register_buffer("columns2", apart.columns2)
+        self.register_buffer("output_mask", getattr(tp, "output_mask", None))  # networks ask for it
+        self.shapes = [prod(ins.path_shape) for ins in tp.instructions if ins.has_weight]
         self.weight = tp.weight
         self.shared = tp.shared_weights
         self.empty = tp.weight_numel == 0
         self.internal = tp.internal_weights
 
-    def forward(self, x1: Tensor, x2: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor | list[Tensor] | None = None) -> Tensor:
+        x1, x2 = x, y
         if weight is None and self.internal:
             weight = self.weight
+        if isinstance(weight, list):  # one for each instruction
+            flat = () if self.shared else (-1,)
+            weight = torch.cat([w.reshape(*flat, n) for w, n in zip(weight, self.shapes, strict=True)], dim=-1)
+        if isinstance(self.columns1, Tensor) and isinstance(self.columns2, Tensor):
+            x1, x2 = x1.index_select(-1, self.columns1), x2.index_select(-1, self.columns2)
         if x1.dim() != x2.dim() or (x1.dim() == x2.dim() != 2):
             rows = torch.broadcast_shapes(x1.shape[:-1], x2.shape[:-1])
             x1, x2 = x1.expand(*rows, -1), x2.expand(*rows, -1)
@@ -53,6 +66,49 @@ class TensorProductStandIn(nn.Module):
             weight = weight.reshape(-1) if self.shared else _flat(weight)
         y = ops.tensor_product(_flat(x1), _flat(x2), None if self.empty else weight, None, self.spec, "out")
         return _like(y, x1)
+
+
+class TensorSquareStandIn(TensorProductStandIn):
+    """``e3nn.o3.TensorSquare``: a product of its input with itself."""
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, weight)
+
+
+#: connection modes over pairs u < v, and the mode of the same product where every pair is a channel
+PAIRED = {"u<vw": "uuw", "uvu<v": "uuu"}
+
+
+def _pairs_apart(tp: Any) -> SimpleNamespace:
+    """A product like ``tp`` over wider inputs, in which the partners of each pair u < v stand at the same place.
+
+    Its ``columns1`` and ``columns2`` say which columns of the inputs of ``tp`` make the wider ones, None for the same.
+    """
+    irreps = [list(tp.irreps_in1), list(tp.irreps_in2)]
+    columns = [list(range(tp.irreps_in1.dim)), list(range(tp.irreps_in2.dim))]
+    instructions = []
+    for ins in tp.instructions:
+        if ins.connection_mode in PAIRED:
+            (mul, ir), (_, other) = irreps[0][ins.i_in1], irreps[1][ins.i_in2]
+            pairs = list(combinations(range(mul), 2))
+            for side, (i, rep) in enumerate(((ins.i_in1, ir), (ins.i_in2, other))):
+                first = (tp.irreps_in1, tp.irreps_in2)[side].slices()[i].start
+                columns[side] += [first + pair[side] * rep.dim + m for pair in pairs for m in range(rep.dim)]
+                irreps[side].append((len(pairs), rep))
+            places = {"i_in1": len(irreps[0]) - 1, "i_in2": len(irreps[1]) - 1}
+            ins = ins._replace(**places, connection_mode=PAIRED[ins.connection_mode])
+        instructions.append(ins)
+    wider = instructions != list(tp.instructions)
+    return SimpleNamespace(
+        instructions=instructions,
+        irreps_in1="+".join(f"{mul}x{ir}" for mul, ir in irreps[0]),
+        irreps_in2="+".join(f"{mul}x{ir}" for mul, ir in irreps[1]),
+        irreps_out=tp.irreps_out,
+        shared_weights=tp.shared_weights,
+        named_buffers=tp.named_buffers,
+        columns1=torch.tensor(columns[0]) if wider else None,
+        columns2=torch.tensor(columns[1]) if wider else None,
+    )
 
 
 def tensor_product_spec(tp: Any, path: str) -> TensorProduct:
@@ -243,6 +299,51 @@ def _joined(parts: list[Tensor], x: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+class SphereGridStandIn(nn.Module):
+    """``e3nn.o3.ToS2Grid`` and ``FromS2Grid`` with the Fourier transform along alpha written as a product.
+
+    The transforms of ``torch.fft`` fix the number of rows in a trace.  With orders m and N angles 2 pi a / N they are
+    products with sqrt(2) sin(|m| alpha), 1 and sqrt(2) cos(m alpha), for m < 0, m = 0 and m > 0.
+    """
+
+    def __init__(self, grid: Any, path: str) -> None:
+        super().__init__()
+        self.back = type(grid).__name__ == "FromS2Grid"
+        self.shb = grid.shb
+        angles, orders = grid.sha.shape
+        waves = grid.sha
+        if angles >= orders and angles % 2 == 1:  # where e3nn transforms; else it multiplies by this buffer
+            alpha = 2 * torch.pi * torch.arange(angles, dtype=torch.float64).unsqueeze(1) / angles
+            m = torch.arange(1, orders // 2 + 1, dtype=torch.float64)
+            sines, cosines = torch.sin(alpha * m.flip(0)), torch.cos(alpha * m)
+            waves = torch.cat([2**0.5 * sines, torch.ones_like(alpha), 2**0.5 * cosines], dim=1)
+        self.register_buffer("waves", waves)
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves = self.waves.to(x.dtype)
+        if self.back:
+            rows = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(0)
+            y = torch.einsum("mbi,zbm->zi", self.shb, torch.einsum("am,zba->zbm", waves, rows))
+            return y.unflatten(0, x.shape[:-2]) if x.dim() > 2 else y.squeeze(0)
+        rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+        y = torch.einsum("am,zbm->zba", waves, torch.einsum("mbi,zi->zbm", self.shb, rows))
+        return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
+
+
+class ReducedTensorProductsStandIn(nn.Module):
+    """``e3nn.o3.ReducedTensorProducts``, which is compiled code in e3nn 0.4.4, by its own change of basis."""
+
+    def __init__(self, product: Any, path: str) -> None:
+        super().__init__()
+        self.change_of_basis = product.change_of_basis
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        y = torch.tensordot(xs[0], self.change_of_basis, dims=([xs[0].dim() - 1], [1]))  # [..., out, others]
+        for x in xs[1:]:
+            y = (y * x.reshape(*x.shape[:-1], 1, x.shape[-1], *[1] * (y.dim() - x.dim() - 1))).sum(x.dim())
+        return y
+
+
 class ChebyshevStandIn(nn.Module):
     """MACE's ``ChebychevBasis`` by its recurrence T_n+1 = 2 x T_n - T_n-1, which has a derivative.
 
@@ -263,8 +364,12 @@ class ChebyshevStandIn(nn.Module):
 #: qualified class name -> rule; a subclass without a rule of its own takes its base's
 RULES: Mapping[str, Rule] = {
     "e3nn.o3._tensor_product._tensor_product.TensorProduct": TensorProductStandIn,
+    "e3nn.o3._tensor_product._sub.TensorSquare": TensorSquareStandIn,
     "e3nn.o3._linear.Linear": LinearStandIn,
     "e3nn.o3._spherical_harmonics.SphericalHarmonics": SphericalHarmonicsStandIn,
+    "e3nn.o3._s2grid.ToS2Grid": SphereGridStandIn,
+    "e3nn.o3._s2grid.FromS2Grid": SphereGridStandIn,
+    "e3nn.o3._reduce.ReducedTensorProducts": ReducedTensorProductsStandIn,
     "e3nn.nn._extract.Extract": ExtractStandIn,
     "mace.modules.symmetric_contraction.SymmetricContraction": SymmetricContractionStandIn,
     "mace.modules.radial.ChebychevBasis": ChebyshevStandIn,

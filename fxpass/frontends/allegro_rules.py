@@ -40,26 +40,21 @@ class Network(nn.Module):
 
     def __init__(self, network: Any, columns: Sequence[Tensor]) -> None:
         super().__init__()
-        deep = not isinstance(network.mlp, nn.Sequential)  # a product of matrices
-        layers = [] if deep else list(network.mlp)
-        if deep:
-            weights = [torch.linalg.multi_dot(list(network.mlp.weights)) * network.mlp.alpha]
-            biases: list[Tensor | None] = [None]
-        else:
-            weights = [layer.weight * layer.alpha for layer in layers[::2]]
-            biases = [None if layer.bias is None else layer.bias.detach() for layer in layers[::2]]
-        *inner, last = weights
-        last_bias = biases.pop()
-        self.inner = nn.ParameterList(weight.detach() for weight in inner)
-        self.last = nn.ParameterList(last.detach().index_select(1, chosen) for chosen in columns)
-        self.biases = biases
-        self.last_biases = [None if last_bias is None else last_bias.index_select(0, chosen) for chosen in columns]
-        self.activations = nn.ModuleList(layers[1::2])
+        self.mlp, self.columns = network.mlp, list(columns)
+        self.deep = not isinstance(network.mlp, nn.Sequential)  # a product of matrices
 
     def forward(self, *parts: Tensor) -> list[Tensor]:
-        for weight, bias, activation in zip(self.inner, self.biases, self.activations, strict=True):
-            parts = (activation(_times(parts, weight, bias)),)
-        return [_times(parts, weight, bias) for weight, bias in zip(self.last, self.last_biases, strict=True)]
+        if self.deep:
+            last, bias = torch.linalg.multi_dot(list(self.mlp.weights)) * self.mlp.alpha, None
+        else:
+            *inner, end = list(self.mlp)
+            for layer, activation in zip(inner[::2], inner[1::2], strict=True):
+                parts = (activation(_times(parts, layer.weight * layer.alpha, layer.bias)),)
+            last, bias = end.weight * end.alpha, end.bias
+        return [
+            _times(parts, last.index_select(1, chosen), None if bias is None else bias.index_select(0, chosen))
+            for chosen in self.columns
+        ]
 
 
 def _times(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -129,7 +124,7 @@ class AllegroLayers(nn.Module):
         channel = torch.arange(self.channels)
         first = [irrep * self.channels + channel for irrep, _, _ in _instructions(module.tps[0])]
         self.register_buffer("first_columns", torch.cat(first))
-        self.register_buffer("first_weights", _by_path(module.tps[0], self.channels))
+        self.first_weights = module.tps[0].weights
         self.products = nn.ModuleList(
             ScalarProducts(tp, self.channels) if str(tp.irreps_out) == "1x0e" else Products(tp, self.channels)
             for tp in module.tps[1:]
@@ -148,7 +143,8 @@ class AllegroLayers(nn.Module):
             data["node_features"] = ops.scatter_sum(harmonics, receiver, atoms)
             near = self.norm(data)["node_features"]
             if layer == 0:
-                weights = data[self.weights].index_select(1, self.first_columns) * self.first_weights
+                weights = data[self.weights].index_select(1, self.first_columns)
+                weights = weights * _by_path(self.first_weights, self.channels)
                 features = ops.tensor_product(ops.gather(near, receiver), y, weights, None, self.first, "out")
                 # one edge to a sum: with it this is a convolution, to whoever looks for one
                 edges = torch.arange(y.shape[0], device=y.device)
@@ -167,33 +163,34 @@ class Products(nn.Module):
     def __init__(self, tp: Any, channels: int) -> None:
         super().__init__()
         self.spec = str(_product(tp, channels))
-        self.register_buffer("weights", _by_path(tp, channels))
+        self.weights, self.channels = tp.weights, channels
 
     def forward(self, features: Tensor, near: Tensor, receiver: Tensor) -> Tensor:
-        return ops.tensor_product(features, ops.gather(near, receiver), self.weights, None, self.spec, "out")
+        weights = _by_path(self.weights, self.channels)
+        return ops.tensor_product(features, ops.gather(near, receiver), weights, None, self.spec, "out")
 
 
 class ScalarProducts(nn.Module):
     """The last ``Contracter``, whose results are scalars: scalar products, weighted at the atoms, fewer than edges."""
 
-    factors: Tensor
-
     def __init__(self, tp: Any, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        weights = _by_path(tp, channels).view(-1, channels)
-        spans, factors = {}, {}
+        self.weights = tp.weights
+        spans, rows = {}, {}
         for n, (i1, i2, _) in enumerate(_instructions(tp)):
             start, _, l, _ = segments(_many(str(tp.irreps_in2), channels))[i2]
             spans[i1] = (start, channels * (2 * l + 1))
-            factors[i1] = (weights[n] * (_norm(tp, 0) / sqrt(2 * l + 1))).repeat_interleave(2 * l + 1)
+            rows[i1] = (n, _norm(tp, 0) / sqrt(2 * l + 1), 2 * l + 1)
         first = segments(_many(str(tp.irreps_in1), channels))
         self.spans = [spans[i] for i in sorted(spans)]  # of the environment, in the order of the features
         self.parts = [(first[i][0], 2 * first[i][2] + 1) for i in sorted(spans)]
-        self.register_buffer("factors", torch.cat([factors[i] for i in sorted(spans)]))
+        self.rows = [rows[i] for i in sorted(spans)]  # of the weights, with a factor and the number of components
 
     def forward(self, features: Tensor, near: Tensor, receiver: Tensor) -> Tensor:
-        weighted = torch.cat([near.narrow(1, *span) for span in self.spans], dim=1) * self.factors
+        weights = _by_path(self.weights, self.channels).view(-1, self.channels)
+        factors = torch.cat([(weights[n] * by).repeat_interleave(components) for n, by, components in self.rows])
+        weighted = torch.cat([near.narrow(1, *span) for span in self.spans], dim=1) * factors
         gathered, at, sums = ops.gather(weighted, receiver), 0, []
         for start, components in self.parts:
             width = self.channels * components
@@ -216,10 +213,9 @@ def _instructions(tp: Any) -> list[tuple[int, int, int]]:
     ]
 
 
-def _by_path(tp: Any, channels: int) -> Tensor:
+def _by_path(weights: Tensor, channels: int) -> Tensor:
     """Weights of a ``Contracter``, [paths * channels], from [channels, paths] or [paths]."""
-    weights = tp.weights.detach().reshape(-1, tp.num_paths)
-    return weights.expand(channels, -1).t().flatten()
+    return weights.reshape(-1, weights.shape[-1]).expand(channels, -1).t().flatten()
 
 
 def _columns(weigher: Any) -> Tensor:

@@ -110,20 +110,28 @@ def attributes_by_type(model: nn.Module) -> None:
         product = getattr(block, "sc", None)
         if isinstance(product, TensorProductStandIn):
             (embedding,) = embeddings
-            _fold(product, embedding.weight.detach())
+            block.sc = ProductByType(product, embedding)
 
 
-def _fold(product: TensorProductStandIn, embedding: Tensor) -> None:
-    tp = parse_tensor_product(product.spec)
-    types = embedding.shape[0]
-    paths, blocks, at = [], [], 0
-    for path in tp.paths:
-        sizes, (first, *_) = tp.sizes(path), segments(tp.irreps2)[path.i2]
-        u, v, w = sizes["u"], sizes["v"], sizes["w"]
-        weight = product.weight.detach().narrow(0, path.weight, u * v * w).view(u, v, w)
-        mixed = torch.einsum("uvw,tv->utw", weight.double(), embedding[:, first : first + v].double())
-        blocks.append(mixed.to(weight.dtype).flatten())
-        paths.append(replace(path, i2=0, weight=at))
-        at += u * types * w
-    product.spec = str(replace(tp, irreps2=f"{types}x0e", paths=tuple(paths), weights=at))
-    product.weight = nn.Parameter(torch.cat(blocks), requires_grad=False)
+class ProductByType(nn.Module):
+    """A tensor product that takes one-hot types; its weights are multiplied out in the graph, as functions of both."""
+
+    def __init__(self, product: TensorProductStandIn, embedding: TypeEmbedding) -> None:
+        super().__init__()
+        self.product, self.embedding = product, embedding
+        tp, types = parse_tensor_product(product.spec), embedding.weight.shape[0]
+        self.blocks, paths, at = [], [], 0
+        for path in tp.paths:
+            sizes, (first, *_) = tp.sizes(path), segments(tp.irreps2)[path.i2]
+            self.blocks.append((path.weight, first, [sizes[c] for c in "uvw"]))
+            paths.append(replace(path, i2=0, weight=at))
+            at += sizes["u"] * types * sizes["w"]
+        product.spec = str(replace(tp, irreps2=f"{types}x0e", paths=tuple(paths), weights=at))
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        types, blocks = self.embedding.weight.double(), []
+        for at, first, (u, v, w) in self.blocks:
+            weight = self.product.weight.narrow(0, at, u * v * w).view(u, v, w)
+            mixed = torch.einsum("uvw,tv->utw", weight.double(), types.narrow(1, first, v))
+            blocks.append(mixed.to(weight.dtype).flatten())
+        return self.product(x1, x2, torch.cat(blocks))

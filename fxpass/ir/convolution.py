@@ -23,8 +23,6 @@ from ..algebra.piecewise import parse_grid
 from . import reference
 from .semantic import SemanticOp, define, moved, no_irreps, no_operands, no_summary, numel, owned
 
-SLOTS = ("x1", "x2", "weight", "out")
-
 define("rows_by(Tensor index, SymInt size) -> Tensor")
 define(
     "convolution(Tensor x, Tensor y, Tensor radial, Tensor? species, Tensor? coefficients, Tensor sender, "
@@ -191,57 +189,59 @@ def _gradient_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Derivative of the gradients, each multiplied by its own incoming gradient and added up.
 
     That sum is the derivative of the form F = sum(g * convolution) along the incoming gradients as directions of x, y
-    and radial.  F is linear in each of x, y, weights and g by edge, so every derivative of it is a tensor product
-    with a direction in the place of an operand.
+    and radial.  F is linear in each of x, y, weights and g by edge, so it is a sum of forms F with a direction in the
+    place of an operand, and its derivatives are convolutions and gradients of convolutions.
     """
-    tensor_product, table = torch.ops.fxpass.tensor_product.default, torch.ops.fxpass.table.default
-    gather, scatter_sum = torch.ops.fxpass.gather.default, torch.ops.fxpass.scatter_sum.default
     x, y, g, radial, species, coefficients, sender, receiver = ctx.saved_tensors
     tp = parse_tensor_product(ctx.spec)
     to_x, to_y, to_radial = (value if need else None for value, need in zip(grads, ctx.needs, strict=True))
+    need_x, need_y, need_g, need_radial, *_ = ctx.needs_input_grad
+    need_weight = need_radial and tp.weights > 0
+    by_receiver = rows_by(receiver, g.shape[0]) if need_g else None
+    by_sender = rows_by(sender, x.shape[0])
 
     def weights(derivative: int) -> Tensor:
         if coefficients is None:
             return radial
-        return table(radial, species, coefficients, ctx.grid, derivative)
+        return torch.ops.fxpass.table.default(radial, species, coefficients, ctx.grid, derivative)
 
-    operands = {"x1": gather(x, sender), "x2": y, "weight": weights(0), "out": gather(g, receiver)}
+    operands = {"x": x, "y": y, "weight": weights(0)}
     along: dict[str, Tensor] = {}
     if to_x is not None:
-        along["x1"] = gather(to_x, sender)
+        along["x"] = to_x
     if to_y is not None:
-        along["x2"] = to_y
+        along["y"] = to_y
     if to_radial is not None:
         along["weight"] = to_radial if coefficients is None else to_radial.unsqueeze(1) * weights(1)
 
-    def by(wrt: str) -> Tensor | None:
-        total: Tensor | None = None
-        for slot, direction in along.items():
-            if slot != wrt:
-                given = {**operands, slot: direction, wrt: None}
-                form = str(tp.linear_in_weights) if slot == "weight" else ctx.spec
-                term = tensor_product(*(given[name] for name in SLOTS), form, wrt)
-                total = term if total is None else total + term
-        return total
+    def gradients(given: dict[str, Tensor], spec: str, needs: dict[str, bool]) -> tuple[Tensor, ...]:
+        at = given["x"], given["y"], g, given["weight"]
+        return convolution_gradient(*at, None, None, sender, receiver, by_sender, spec, "", [*needs.values()])
 
-    need_x, need_y, need_g, need_radial, *_ = ctx.needs_input_grad
-    by_x = by("x1") if need_x else None
-    by_g = by("out") if need_g else None
-    by_radial = by("weight") if need_radial and tp.weights else None
-    if coefficients is not None and need_radial:
+    total: dict[str, Tensor] = {}
+
+    def add(slot: str, term: Tensor) -> None:
+        total[slot] = total[slot] + term if slot in total else term
+
+    for slot, direction in along.items():
+        given = {**operands, slot: direction}
+        spec = str(tp.linear_in_weights) if slot == "weight" else ctx.spec
+        needs = {"x": need_x, "y": need_y, "weight": need_weight} | {slot: False}
+        if any(needs.values()):
+            for name, value in zip(operands, gradients(given, spec, needs), strict=True):
+                if needs[name]:
+                    add(name, value)
+        if need_g:
+            at = *given.values(), None, None, sender, receiver, by_receiver, g.shape[0]
+            add("g", convolution(*at, spec, ""))
+    by_radial = total.get("weight")
+    if coefficients is not None and need_weight:
         by_radial = None if by_radial is None else (by_radial * weights(1)).sum(1)
         if to_radial is not None:
-            given = {**operands, "weight": None}
-            slope = tensor_product(*(given[name] for name in SLOTS), ctx.spec, "weight")
+            slope = gradients(operands, ctx.spec, {"x": False, "y": False, "weight": True})[2]
             bend = to_radial * (slope * weights(2)).sum(1)
             by_radial = bend if by_radial is None else by_radial + bend
-    return (
-        None if by_x is None else scatter_sum(by_x, sender, x.shape[0]),
-        by("x2") if need_y else None,
-        None if by_g is None else scatter_sum(by_g, receiver, g.shape[0]),
-        by_radial,
-        *[None] * 8,
-    )
+    return total.get("x"), total.get("y"), total.get("g"), by_radial, *[None] * 8
 
 
 torch.library.register_autograd("fxpass::convolution_gradient", _gradient_backward, setup_context=_gradient_setup)

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .._torch_compat import fallback_kernel
 from ..errors import Location, UsageError
@@ -112,10 +113,16 @@ def decompose(
     """
     found = custom_nodes(program, also)
     known = {op: reference_of(op, references) for op in dict.fromkeys(node.target for node in found)}  # type: ignore[arg-type]
-    expand = {op: reference for op, reference in known.items() if reference is not None}
+    expand = {op: partial(_dense, reference) for op, reference in known.items() if reference is not None}
     replaced = tuple(node for node in found if node.target in expand)
     opaque = tuple(node for node in found if node.target not in expand)
     return Decomposed(expand_ops(program, expand, made_by, sizes) if replaced else program, replaced, opaque)
+
+
+def _dense(reference: Reference, *args: Any, **kwargs: Any) -> Any:
+    """Results laid out as kernels lay theirs: what follows may view them, which a transposed one does not allow."""
+    found = reference(*args, **kwargs)
+    return fx.node.map_aggregate(found, lambda x: x.contiguous() if isinstance(x, Tensor) else x)
 
 
 def place(node: fx.Node) -> Location:

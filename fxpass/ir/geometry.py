@@ -39,14 +39,15 @@ class Split:
     forces: Program
 
 
-def split_geometry(program: Program, gradients: int = 1) -> Split | None:
+def split_geometry(program: Program, gradients: int | None = None) -> Split | None:
     """Set apart what the energies of ``program`` need of the geometry; None where that is nothing.
 
     Args:
         program: a force program, legalised or not.
-        gradients: how many of its last outputs are gradients.
+        gradients: how many of its last outputs are gradients; as many as inputs are differentiated if None.
     """
     (spec,) = program.with_property("edge_vector")
+    gradients = len(program.differentiated) if gradients is None else gradients
     nodes = list(program.graph.nodes)
     kept = _boundary(program, len(program.outputs) - gradients)
     if not kept:

@@ -69,7 +69,7 @@ def merge(programs: Sequence[Program]) -> Program:
             (replace(spec, name=output_name(spec.name, k)), twin[node])
             for spec, node in zip(program.outputs, program.results.values(), strict=True)
         ]
-        last = len(outputs) - (program.stage == "forces")
+        last = len(outputs) - (len(program.differentiated) if program.stage == "forces" else 0)
         energies += outputs[:last]
         gradients += outputs[last:]
     specs, nodes = zip(*energies, *gradients, strict=True)

@@ -23,6 +23,7 @@ from ..algebra.polynomial import parse_polynomial
 from . import reference
 from .contraction import CONTRACTION, CONTRACTION_GRADIENT, contraction, contraction_gradient
 from .convolution import CONVOLUTION, CONVOLUTION_GRADIENT, ROWS_BY, convolution, convolution_gradient, rows_by
+from .grouped import LINEAR_BY_SPECIES, linear_by_species
 from .semantic import (
     SemanticOp,
     define,
@@ -395,5 +396,6 @@ SEMANTIC: dict[OpOverload, SemanticOp] = {
         "dequantize", reference.dequantize, _dequantize_summary, _dequantize_cost, no_irreps, no_operands
     ),
     **{contraction: CONTRACTION, contraction_gradient: CONTRACTION_GRADIENT},
+    linear_by_species: LINEAR_BY_SPECIES,
     **{rows_by: ROWS_BY, convolution: CONVOLUTION, convolution_gradient: CONVOLUTION_GRADIENT},
 }

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 Dim = int | str
-Stage = Literal["energy", "forces"]
+Stage = Literal["energy", "forces", "function"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class TensorSpec:
         irreps: irreps of the last dimension in e3nn notation, or ``None`` where it has none.
         unit: physical unit, e.g. ``"eV"`` or ``"eV/Angstrom"``.
         properties: facts that the frontend guarantees, e.g. ``"one_hot"`` for species attributes,
-            ``"index:atoms"`` for an index into atoms, ``"edge_vector"`` for the differentiated input.
+            ``"index:atoms"`` for an index into atoms, ``"edge_vector"`` for the input that forces come from,
+            ``"differentiated"`` for others that the energy is differentiated by.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Program:
         graph_module: the flat graph with its weights.
         inputs: in placeholder order.
         outputs: in output-tuple order.
-        stage: ``"energy"`` before ``differentiate``, ``"forces"`` after it.
+        stage: ``"energy"`` before ``differentiate``, ``"forces"`` after it; ``"function"`` where there is no energy.
         energy: name of the output (eV, one per graph) that is differentiated.
         assumptions: what passes rely on beyond the frontend's guarantees, checked at run time.
         samples: inputs by name of structures to calibrate on, in the dtypes of ``inputs``; never saved.
@@ -88,6 +89,11 @@ class Program:
     def with_property(self, prop: str) -> tuple[TensorSpec, ...]:
         return tuple(s for s in self.inputs if prop in s.properties)
 
+    @property
+    def differentiated(self) -> tuple[TensorSpec, ...]:
+        """Inputs that the energy is differentiated by, in the order of the gradients: edge vectors last."""
+        return (*self.with_property("differentiated"), *self.with_property("edge_vector"))
+
     def following(self, other: Program) -> Program:
         """This program, made from ``other`` by tracing it again: with its assumptions and samples."""
         assumptions = tuple(dict.fromkeys((*other.assumptions, *self.assumptions)))
@@ -95,12 +101,12 @@ class Program:
 
     def without_gradient(self) -> Program:
         """The energy outputs of a force program alone, as a program of its own."""
-        program = self.copy()
+        program, count = self.copy(), len(self.outputs) - len(self.differentiated)
         node = program.graph.output_node()
-        node.args = (tuple(node.args[0])[:-1],)  # type: ignore[arg-type]
+        node.args = (tuple(node.args[0])[:count],)  # type: ignore[arg-type]
         program.graph.eliminate_dead_code()
         program.graph_module.recompile()
-        return replace(program, outputs=self.outputs[:-1], stage="energy")
+        return replace(program, outputs=self.outputs[:count], stage="energy")
 
     def cast(self, dtype: torch.dtype) -> Program:
         """The program computing in ``dtype`` in place of every floating type; weights are cast, not recomputed."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algebra.irreps import clebsch_gordan, segments
+from ..algebra.irreps import channels_last, clebsch_gordan, segments
 from ..algebra.multilinear import CHANNELS, Path, TensorProduct, parse_linear, parse_tensor_product
 from ..algebra.piecewise import COARSE, parse_grid
 from ..algebra.polynomial import Polynomial, parse_polynomial
@@ -114,6 +114,9 @@ def contract(
         out = [c for c in on_a if c in shared or c in left] + right
         return _spread(a, on_a, out) * _spread(b, on_b, out), "".join(out)
 
+    if not left and not right and on_a == on_b and on_a[-1] in batch:  # channels last: they stay contiguous
+        return (a * b).sum([on_a.index(c) for c in summed]), "".join(batch)
+
     def extent(group: list[str]) -> int:
         return -1 if "z" in group else int(np.prod([sizes[c] for c in group]))
 
@@ -127,6 +130,11 @@ def contract(
     value = torch.bmm(x, y) if batch else product(x, y)
     out = batch + left + right
     return value.view([-1 if c == "z" else sizes[c] for c in out]), "".join(out)
+
+
+def _on(irreps: str, channels: str, component: str) -> str:
+    """Indices of one segment of features."""
+    return f"z{component}{channels}" if channels_last(irreps) else f"z{channels}{component}"
 
 
 def _view(x: Tensor, letters: str, sizes: dict[str, int]) -> Tensor:
@@ -230,7 +238,8 @@ def _path(
     """One path's contribution to slot ``wrt``, flattened to [rows, columns] (or [weights] if shared)."""
     sizes = tp.sizes(path)
     u, v, w, o = CHANNELS[path.mode]
-    full = {"x1": f"z{u}i", "x2": f"z{v}j", "weight": w if tp.shared else f"z{w}", "out": f"z{o}k"}
+    full = {"x1": _on(layouts["x1"], u, "i"), "x2": _on(layouts["x2"], v, "j"), "out": _on(layouts["out"], o, "k")}
+    full["weight"] = w if tp.shared else f"z{w}"
     # A coupling with a scalar is delta / sqrt(2l+1): the two other component indices are one index.
     degrees = tp.degrees(path)
     scale, same = path.coefficient, {}
@@ -296,7 +305,8 @@ def linear(x: Tensor | None, weight: Tensor | None, out: Tensor | None, spec: st
     for path in lin.paths:
         (_, m, l, _), (_, n, _, _) = ins[path.i], outs[path.o]
         sizes = {"u": m, "w": n, "i": 2 * l + 1}
-        full = {"x": "zui", "weight": "uw" if lin.shared else "zuw", "out": "zwi"}
+        full = {"x": _on(lin.irreps_in, "u", "i"), "out": _on(lin.irreps_out, "w", "i")}
+        full["weight"] = "uw" if lin.shared else "zuw"
         lean = {k: "".join(c for c in letters if c == "z" or sizes[c] > 1) for k, letters in full.items()}
         used[path.weight] = m * n
         terms = []

@@ -7,24 +7,48 @@ the energy program and autograd, in ``legalize`` from the reference implementati
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from .._torch_compat import fake_inputs, frozen_sizes, trace
+from .._torch_compat import fake_inputs, frozen_sizes, size_expr, trace
 from ..errors import CaptureError, Location, PassError
 from .metadata import Provenance, provenance
-from .program import Program, Stage, TensorSpec, register
+from .program import Dim, Program, Stage, TensorSpec, register
 from .semantic import tensors
 
 #: prime hints that collide with no model dimension
 SIZES = {"atoms": 1009, "edges": 4177, "graphs": 211}
 OTHER_SIZES = {"atoms": 1013, "edges": 4201, "graphs": 223}
+_PRIMES = (307, 311, 313, 317, 331, 337, 347, 349, 353, 359, 367, 373, 379, 383, 389, 397, 401, 409, 419, 421)
+
+
+def sizes_of(inputs: Sequence[TensorSpec], known: Mapping[str, int] = SIZES) -> dict[str, int]:
+    """``known``, and a prime hint of its own for every other size that ``inputs`` name; others for ``OTHER_SIZES``."""
+    named = dict.fromkeys(dim.partition("+")[0] for spec in inputs for dim in spec.dims if isinstance(dim, str))
+    primes = _PRIMES[known.get("atoms") == OTHER_SIZES["atoms"] :: 2]
+    return {**known, **dict(zip((name for name in named if name not in known), primes, strict=False))}
+
+
+def size_names(inputs: Sequence[TensorSpec], values: Sequence[Tensor]) -> dict[sympy.Expr, str]:
+    """The named sizes of ``inputs`` by the symbol that they have in the trace of ``values``."""
+    found: dict[sympy.Expr, str] = {}
+    for spec, value in zip(inputs, values, strict=True):
+        pairs = zip(value.shape, spec.dims, strict=True)
+        found |= {size_expr(size): dim for size, dim in pairs if isinstance(dim, str) and "+" not in dim}
+    return found
+
+
+def dims_of(value: Tensor, names: Mapping[sympy.Expr, str]) -> tuple[Dim, ...]:
+    """The shape of a traced value: numbers, names, and expressions in names, such as ``"2*batch"``."""
+    symbols = {symbol: sympy.Symbol(name, integer=True) for symbol, name in names.items()}
+    return tuple(s if isinstance(s, int) else str(size_expr(s).subs(symbols)) for s in value.shape)
 
 
 def trace_program(
@@ -36,7 +60,7 @@ def trace_program(
     stage: Stage,
     energy: str = "energy",
     sizes: Mapping[str, int] = SIZES,
-    differentiable: str | None = None,
+    differentiable: Collection[str] = (),
     mutates: bool = False,
     stacks: bool = False,
 ) -> tuple[Program, tuple[str, ...]]:
@@ -45,21 +69,25 @@ def trace_program(
     Args:
         function: takes one tensor per input spec, returns one per output spec.
         constants: name -> tensor the function closes over; the graph refers to them by these names.
-        sizes: hints for the named sizes.
-        differentiable: name of the input that ``function`` differentiates by.
+        sizes: hints for named sizes; those it leaves out get primes.
+        differentiable: names of the inputs that ``function`` differentiates by.
         mutates: ``function`` may change tensors in place; the trace is made functional.
         stacks: record the Python stack of every call, for ``record_sources``.
 
     Returns:
         the program, and the conditions under which the trace froze a size (empty when it is dynamic).
     """
-    fakes = fake_inputs([(s.name, s.dims, s.dtype) for s in inputs], dict(sizes))
+    fakes = fake_inputs([(s.name, s.dims, s.dtype) for s in inputs], sizes_of(inputs, sizes))
     for spec, fake in zip(inputs, fakes, strict=True):
-        fake.requires_grad_(spec.name == differentiable)
+        fake.requires_grad_(spec.name in differentiable)
     body: Callable[..., Any] = lambda *args: tuple(function(*args))  # noqa: E731
-    if mutates:
+    if mutates and stage != "function":
         body = torch.func.functionalize(body, remove="mutations")
     traced = trace(body, fakes, stacks=stacks)
+    if mutates and stage == "function" and any(map(_mutates, traced.graph.nodes)):
+        # as a second step: ops made of others, such as a linear map of many rows, fix sizes under functionalize
+        replay = fx.Interpreter(traced).run
+        traced = trace(torch.func.functionalize(lambda *args: replay(*args), remove="mutations"), fakes, stacks=False)
     functional(traced.graph)
     if not stacks:
         _inherit_provenance(traced.graph)
@@ -74,6 +102,11 @@ def trace_program(
         _rename(node, str(node.target), taken)
     module.recompile()
     return Program(module, inputs, outputs, stage=stage, energy=energy), frozen_sizes(fakes)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
 def _rename(node: fx.Node, name: str, taken: set[str]) -> None:

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -19,6 +20,7 @@ from ..errors import KernelError
 from ..ir import ops
 from ..ir.contraction import contraction, contraction_gradient
 from ..ir.convolution import convolution, convolution_gradient, fusible, rows_by
+from ..ir.grouped import linear_by_species
 from .call import Call, Constant, Number, Operand, Result, Rows, Scratch, Threads
 from .contraction import ContractionKernel
 from .convolution import DTYPES, FORWARD, ConvolutionKernel, pack
@@ -127,6 +129,7 @@ _RULES: Mapping[Any, Callable[[Arguments], str | None]] = {
     convolution_gradient: _takes_convolution,
     contraction: _takes_contraction,
     contraction_gradient: _takes_contraction,
+    linear_by_species: lambda args: None,
     ops.linear: _takes_linear,
     ops.tensor_product: _takes_product,
     ops.polynomial: _takes_polynomial,
@@ -140,6 +143,32 @@ def _rows(args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
     kernel = RowsKernel()
     call = Call((Operand(0), Result(), Rows(0), Number(1)), "an edge names an atom that there is not")
     return Choice(kernel, kernel.bind, call)
+
+
+def _linear_by_species(args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
+    """Rows sorted by species by a kernel, and a product of matrices of BLAS for each species."""
+    kernel = RowsKernel()
+
+    def bind(library: ctypes.CDLL) -> Function:
+        sort = kernel.bind(library)
+
+        def run(x: Tensor, weight: Tensor, index: Tensor, transposed: bool) -> Tensor:
+            species = weight.shape[0]
+            try:
+                order = sort(index, species)
+            except KernelError as error:
+                raise KernelError(f"the species of a row is not below {species}, the number of them") from error
+            rows, bounds = order[species + 1 :], order[: species + 1].tolist()
+            sorted_rows = x.index_select(0, rows)
+            made = x.new_empty((x.shape[0], weight.shape[1 if transposed else 2]))
+            for k, (start, stop) in enumerate(pairwise(bounds)):
+                matrix = weight[k].t() if transposed else weight[k]
+                torch.mm(sorted_rows[start:stop], matrix, out=made[start:stop])
+            return torch.empty_like(made).index_copy_(0, rows, made)
+
+        return run
+
+    return Choice(kernel, bind)
 
 
 def _convolution(gradient: bool, args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
@@ -272,6 +301,7 @@ _MAKERS: Mapping[Any, Callable[[Arguments, Mapping[int, Tensor]], Choice | str]]
     convolution_gradient: partial(_convolution, True),
     contraction: partial(_contraction, False),
     contraction_gradient: partial(_contraction, True),
+    linear_by_species: _linear_by_species,
     ops.linear: _linear,
     ops.tensor_product: _product,
     ops.polynomial: _polynomial,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algebra.irreps import clebsch_gordan, dim, segments
+from ..algebra.irreps import channels_last, clebsch_gordan, dim, segments
 from ..algebra.multilinear import Path, TensorProduct
 from ..algebra.piecewise import COARSE, Grid
 from ..errors import KernelError
@@ -517,7 +517,8 @@ def _layout(letter: str, irreps: str) -> list[str]:
         lines.append(f"static constexpr int64_t {letter}{s} = {at};")
         at, width = f"{letter}{s} + {2 * l + 1} * padded({channels})", 2 * l + 1
         loops = f"for (int64_t k = 0; k < {width}; k++)", f"for (int64_t u = 0; u < {channels}; u++)"
-        copies.append((loops, f"lanes[{letter}{s} + k * padded({channels}) + u]", f"row[{offset} + u * {width} + k]"))
+        of = f"row[{offset} + {f'k * {channels} + u' if channels_last(irreps) else f'u * {width} + k'}]"
+        copies.append((loops, f"lanes[{letter}{s} + k * padded({channels}) + u]", of))
     return [
         *lines,
         f"static constexpr int64_t {letter}S = {at}, N{letter} = {dim(irreps)};",

@@ -1,4 +1,5 @@
-"""C++ kernels of equivariant linear maps: blocked matrix products on rows as e3nn lays them out, [channels, 2l+1].
+"""C++ kernels of equivariant linear maps: blocked matrix products on rows as e3nn lays them out, [channels, 2l+1], or
+with channels last.
 
 Lanes are output channels.  A number of x is broadcast from where it lies, so x is never transposed; weights are packed
 once into panels as wide as a tile; sums stay in registers over all segments that an output reads, and are transposed
@@ -18,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra.irreps import dim, segments
+from ..algebra.irreps import channels_last, dim, segments
 from ..algebra.multilinear import Linear, TensorProduct
 from ..errors import KernelError
 from .lanes import prelude
@@ -80,6 +81,8 @@ static constexpr int A = {1 if self.scalars else 6};  // atoms in a block
 static constexpr int64_t IN = {dim(self.irreps_in)}, OUT = {dim(self.irreps_out)};  // columns
 static constexpr int64_t WEIGHTS = {packed};  // packed, for one scalar
 static constexpr int64_t SCALARS = {self.scalars or 1};
+static constexpr bool X_LAST = {str(channels_last(self.irreps_in)).lower()};  // channels are last in a segment
+static constexpr bool Y_LAST = {str(channels_last(self.irreps_out)).lower()};
 """
             + ENGINE
             + "\n".join(tables)
@@ -146,14 +149,15 @@ static inline void tiles(const T* const* rows, const Piece* pieces, int64_t coun
     for (int64_t p = 0; p < count; p++) {
         const T* x[M];
         #pragma GCC unroll 32
-        for (int r = 0; r < M; r++) x[r] = rows[(B * M + r) / D] + pieces[p].at + (B * M + r) % D;
+        for (int r = 0; r < M; r++)
+            x[r] = rows[(B * M + r) / D] + pieces[p].at + (B * M + r) % D * (X_LAST ? pieces[p].channels : 1);
         for (int64_t u = 0; u < pieces[p].channels; u++) {
             V column[J];
             #pragma GCC unroll 8
             for (int j = 0; j < J; j++) column[j] = *(const V*)(panel + j * W);
             #pragma GCC unroll 32
             for (int r = 0; r < M; r++) {
-                const T number = x[r][u * D];
+                const T number = x[r][X_LAST ? u : u * D];
                 #pragma GCC unroll 8
                 for (int j = 0; j < J; j++) sums[r][j] += number * column[j];
             }
@@ -189,7 +193,11 @@ static inline void transpose(V (&m)[W]) {
 
 // y[w * D + k] = buffer[k][w] for a panel of J vectors
 template <int D, int J>
-static inline void interleave(const T* buffer, T* y, int64_t valid) {
+static inline void interleave(const T* buffer, T* y, int64_t valid, int64_t channels) {
+    if constexpr (Y_LAST) {
+        for (int k = 0; k < D; k++) memcpy(y + k * channels, buffer + k * J * W, valid * sizeof(T));
+        return;
+    }
     constexpr int C = (D + W - 1) / W;
     T line[J * W * D + W];  // stores run over the end of a channel, where the next channel's follow
     if constexpr (D > 1)
@@ -210,23 +218,23 @@ static inline void interleave(const T* buffer, T* y, int64_t valid) {
 // columns of one panel, for all atoms of a block
 template <int D, int J>
 static void columns(const T* const* rows, const T* x2, const T* packed, const Piece* pieces, int64_t count,
-                    int64_t valid, T* y, int64_t atoms) {
+                    int64_t valid, T* y, int64_t atoms, int64_t channels) {
     T buffer[A * D * J * W] = {};
     for (int64_t v = 0; v < SCALARS; v++)
         if (x2[v] != 0) tiles<D, J, 0>(rows, pieces, count, packed + v * WEIGHTS, x2[v], buffer);
-    for (int64_t a = 0; a < atoms; a++) interleave<D, J>(buffer + a * D * J * W, y + a * OUT, valid);
+    for (int64_t a = 0; a < atoms; a++) interleave<D, J>(buffer + a * D * J * W, y + a * OUT, valid, channels);
 }
 
 template <int D, int J = vectors(D)>
 static inline void product(const T* const* rows, const T* x2, const T* packed, const Out& out, const Piece* pieces,
                            int64_t count, T* y, int64_t atoms, int64_t column = 0) {
     const T* panel = packed + out.packed + out.depth * column;
-    T* to = y + out.at + column * D;
+    T* to = y + out.at + column * (Y_LAST ? 1 : D);
     for (; column + (J - 1) * W < out.channels; column += J * W) {
         const int64_t left = out.channels - column, valid = left < J * W ? left : J * W;
-        columns<D, J>(rows, x2, panel, pieces, count, valid, to, atoms);
+        columns<D, J>(rows, x2, panel, pieces, count, valid, to, atoms, out.channels);
         panel += out.depth * J * W;
-        to += J * W * D;
+        to += J * W * (Y_LAST ? 1 : D);
     }
     if constexpr (J > 1) if (column < out.channels)
         product<D, J - 1>(rows, x2, packed, out, pieces, count, y, atoms, column);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.contraction import parse_contraction
+from ..algebra.irreps import IR_MUL
 from ..algebra.multilinear import parse_linear, parse_tensor_product
 from ..algebra.piecewise import parse_grid
 from ..algebra.polynomial import parse_polynomial
@@ -57,6 +58,8 @@ def choose(op: Any, args: Arguments, constants: Mapping[int, Tensor]) -> Choice 
         args: of the call, in the order of the schema; of tensors only dtypes and fixed sizes are read.
         constants: values of the arguments that never change, by position, on the device that runs the kernels.
     """
+    if any(isinstance(a, str) and IR_MUL in a for a in args):
+        return "features lie with channels last"
     return refusal(op, args) or _MAKERS[op](args, constants)
 
 

@@ -11,12 +11,15 @@ from ..ir.program import Program
 from .base import Target
 
 
-def lower_both(program: Program, target: Target, gradients: int = 1) -> tuple[nn.Module, nn.Module]:
+def lower_both(program: Program, target: Target, gradients: int | None = None) -> tuple[nn.Module, nn.Module]:
     """``program`` without its last ``gradients`` outputs and the whole of it, lowered to ``target``.
+
+    They are as many as inputs are differentiated unless told otherwise.
 
     Where the program says so (``preserve-sparsity{cache=true}``), both share what depends on the geometry alone.
     A target that returns scripts keeps nothing: what they hold goes into their files.
     """
+    gradients = len(program.differentiated) if gradients is None else gradients
     split = split_geometry(program, gradients) if KEPT in program.assumptions else None
     if split is not None:
         geometry = target.lower(split.geometry)

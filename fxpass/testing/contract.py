@@ -80,8 +80,8 @@ class PassContract:
             raise self._broken("is not frozen")
         if not isinstance(cls.exactness, Exactness):
             raise self._broken(f"has exactness {cls.exactness!r}, which is no member of Exactness")
-        if not cls.stages or not set(cls.stages) <= {"energy", "forces"}:
-            raise self._broken(f"runs on the stages {cls.stages!r}, not on 'energy', 'forces' or both")
+        if not cls.stages or not set(cls.stages) <= {"energy", "forces", "function"}:
+            raise self._broken(f"runs on the stages {cls.stages!r}, not on some of 'energy', 'forces' and 'function'")
         if declared := {"name", "exactness", "stages"} & {f.name for f in fields(cls)}:
             raise self._broken(f"declares {', '.join(sorted(declared))} as an option instead of a ClassVar")
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from .._torch_compat import o3
+from ..algebra.irreps import columns_as_mul_ir, mul_ir
 from ..errors import CaptureError, Location, PassError, VerificationError
 from ..ir.cost import SizeNames
 from ..ir.irreps_transfer import KEEP
@@ -377,7 +378,8 @@ def _turned(x: Any, spec: TensorSpec, matrix: Tensor) -> Any:
     """``x`` under an orthogonal transformation of space: its last dimension by the irreps' representation."""
     if spec.irreps is None:
         return x
-    d = o3().Irreps(spec.irreps).D_from_matrix(matrix)
+    order = columns_as_mul_ir(spec.irreps)
+    d = o3().Irreps(mul_ir(spec.irreps)).D_from_matrix(matrix)[order][:, order]
     return (x.double() @ d.double().T).to(x.dtype)
 
 

@@ -50,7 +50,7 @@ class DeadIrreps(Pass):
     exactness: ClassVar[Exactness] = Exactness.EXACT
 
     def apply(self, program: Program) -> Outcome:
-        live = _Liveness(program)
+        live = Liveness(program)
         applications = []
         for node, paths in reversed(live.pruned.items()):
             spec = parse(node)
@@ -60,7 +60,7 @@ class DeadIrreps(Pass):
         return Outcome(program, bool(applications), tuple(applications), tuple(live.refusals))
 
 
-class _Liveness:
+class Liveness:
     """Which elements of each node's rows reach an output, derived from the outputs to the inputs."""
 
     def __init__(self, program: Program) -> None:
@@ -243,17 +243,17 @@ def _keeps_rows(node: fx.Node) -> bool:
 
 
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-TRANSFER: dict[Any, Callable[[_Liveness, fx.Node, Mask], bool]] = {
-    ops.tensor_product: _Liveness.multilinear,
-    ops.linear: _Liveness.multilinear,
-    ops.polynomial: _Liveness.polynomial,
-    ops.gather: _Liveness.rows,
-    ops.scatter_sum: _Liveness.rows,
-    aten.div.Tensor: _Liveness.quotient,
-    **dict.fromkeys((aten.mm.default, aten.bmm.default, aten.addmm.default), _Liveness.product),
-    **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList, aten.mean.dim), _Liveness.total),
+TRANSFER: dict[Any, Callable[[Liveness, fx.Node, Mask], bool]] = {
+    ops.tensor_product: Liveness.multilinear,
+    ops.linear: Liveness.multilinear,
+    ops.polynomial: Liveness.polynomial,
+    ops.gather: Liveness.rows,
+    ops.scatter_sum: Liveness.rows,
+    aten.div.Tensor: Liveness.quotient,
+    **dict.fromkeys((aten.mm.default, aten.bmm.default, aten.addmm.default), Liveness.product),
+    **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList, aten.mean.dim), Liveness.total),
     **dict.fromkeys(
-        (aten.sym_size.int, aten.zeros_like.default, aten.ones_like.default, aten.new_zeros.default), _Liveness.nothing
+        (aten.sym_size.int, aten.zeros_like.default, aten.ones_like.default, aten.new_zeros.default), Liveness.nothing
     ),
     **dict.fromkeys(
         (
@@ -261,7 +261,7 @@ TRANSFER: dict[Any, Callable[[_Liveness, fx.Node, Mask], bool]] = {
             *(aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim),
             *(aten.clone.default, aten.alias.default, aten.detach.default),
         ),
-        _Liveness.moved,
+        Liveness.moved,
     ),
     **dict.fromkeys(
         (
@@ -269,6 +269,6 @@ TRANSFER: dict[Any, Callable[[_Liveness, fx.Node, Mask], bool]] = {
             *(aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.exp.default, aten._to_copy.default),
             *(aten.sin.default, aten.cos.default),
         ),
-        _Liveness.alike,
+        Liveness.alike,
     ),
 }

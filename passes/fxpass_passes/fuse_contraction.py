@@ -46,15 +46,18 @@ class FuseContraction(Pass):
 
     Attributes:
         max_bytes: largest size of the terms of one contraction, for all species.
+        live: also weights that are no constants, such as parameters in training; their terms are computed at each
+            run, as functions of them that have derivatives.
     """
 
     name: ClassVar[str] = "fuse-contraction"
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATES
 
     max_bytes: int = 128 << 20
+    live: bool = False
 
     def apply(self, program: Program) -> Outcome:
-        fusion = _Fusion(program, self.max_bytes)
+        fusion = _Fusion(program, self.max_bytes, self.live)
         fused = apply_rules(program, [fusion.rule], made_by=self.name)  # first: it shares nodes that sums may erase
         summed = apply_rules(program, [fusion.sum_rule], made_by=self.name)
         applications = fused.applications + summed.applications
@@ -96,8 +99,8 @@ class _Weighted:
 class _Fusion:
     """The rules, and the terms that they have made: a polynomial and its gradient share theirs."""
 
-    def __init__(self, program: Program, max_bytes: int) -> None:
-        self.program, self.max_bytes = program, max_bytes
+    def __init__(self, program: Program, max_bytes: int, live: bool) -> None:
+        self.program, self.max_bytes, self.live = program, max_bytes, live
         self.constants = constants(program.graph)
         self.made: dict[tuple[Any, Any, str], tuple[fx.Node, Contraction]] = {}
         self.zeros: dict[fx.Node, fx.Node] = {}
@@ -110,7 +113,8 @@ class _Fusion:
         found, (x, directions, _, _, coefficients, _, wrt) = _Weighted.of(root), root.args
         if directions or wrt == "weight":
             return refuse("it is a derivative by weights, or along a direction", root)
-        if found is None or {found.table, coefficients} - self.constants:
+        fixed = {coefficients} if self.live else {found.table if found else None, coefficients}
+        if found is None or fixed - self.constants:
             return refuse("its weights are not constants that are looked up by species", root.args[2])  # type: ignore[arg-type]
         dtypes = {n.meta["val"].dtype for n in (x, found.table, coefficients)}  # type: ignore[union-attr]
         if len(dtypes) > 1 or not dtypes.issubset(FULL):
@@ -151,12 +155,25 @@ class _Fusion:
         return self.zeros[node]
 
     def terms(self, found: _Weighted, builder: Builder) -> fx.Node:
-        """[species, terms, channels], added up in float64."""
+        """[species, terms, channels], added up in float64 where the weights are constant."""
+        if found.table not in self.constants:
+            return self.live_terms(found, builder)
         poly, contracted = parse_polynomial(str(found.node.args[5])), self.contraction_of(found.node)
         table, coefficients = (constant_value(self.program, n) for n in (found.table, found.coefficients))
         weights = table.double().reshape(table.shape[0], coefficients.shape[1], found.channels)
         folded = contracted.fold(poly, coefficients.double(), weights).to(table.dtype)
         return builder.constant(f"{weight_name(found.node, found.table)}_terms", folded)
+
+    def live_terms(self, found: _Weighted, builder: Builder) -> fx.Node:
+        """The same as a product in the graph: of what each term has of each path, with the weights."""
+        poly, contracted = parse_polynomial(str(found.node.args[5])), self.contraction_of(found.node)
+        coefficients = constant_value(self.program, found.coefficients)
+        row = {m: n for n, m in enumerate(poly.monomials)}
+        of_terms = coefficients[[row[m] for m, _ in contracted.terms], :, [k for _, k in contracted.terms]]
+        species, paths = found.table.meta["val"].shape[0], of_terms.shape[1]
+        matrix = builder.constant(f"{found.node.name}_paths", of_terms.contiguous())
+        weights = builder.call(aten.view.default, found.table, [species, paths, found.channels])
+        return builder.call(aten.matmul.default, matrix, weights)
 
     def check_sum(self, match: Match, program: Program, *, a: fx.Node, b: fx.Node) -> Refused | None:
         if a.args[:2] != b.args[:2]:

@@ -100,7 +100,7 @@ def _same_value(match: Match, program: Program, x: fx.Node) -> Refused | None:
 
 
 def differentiated(match: Match, program: Program, *, x: fx.Node) -> Refused | None:
-    return refuse("it stops a derivative that is still to be taken") if program.stage == "energy" else None
+    return refuse("it stops a derivative that is still to be taken") if program.stage != "forces" else None
 
 
 def _number(value: int) -> Any:

@@ -1,0 +1,61 @@
+"""What a compiled module checks of its arguments; plain functions that TorchScript compiles as well.
+
+Each raises ``ValueError`` that names the argument, so that a wrong one is told from a bug.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tensor(x: Tensor, path: str, dtype: torch.dtype, dims: list[int], names: list[str]) -> Tensor:
+    """``x``, contiguous, if it has the dtype and the sizes that it must have; a size of -1 may be any."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{path} is no tensor")
+    if x.dtype != dtype:
+        raise ValueError(f"{path} has the wrong dtype: {x.dtype}, but this module was compiled for {dtype}")
+    if x.dim() != len(dims):
+        raise ValueError(f"{path} has {x.dim()} dimensions (shape {list(x.shape)}), not {len(dims)}")
+    for k, size in enumerate(dims):
+        if size >= 0 and x.size(k) != size:
+            why = f"which other inputs have as '{names[k]}'" if names[k] != "" else "which is fixed (dynamic= frees it)"
+            raise ValueError(f"{path} has the size {x.size(k)} in dimension {k}, not {size}, {why}")
+    return x.contiguous()
+
+
+def index(x: Tensor, path: str, size: int) -> Tensor:
+    """``x``, if it stays within ``0`` and ``size``."""
+    if x.numel() > 0:
+        least, most = torch.aminmax(x)
+        if int(least) < 0 or int(most) >= size:
+            raise ValueError(f"{path} holds indices from {int(least)} to {int(most)}, out of 0 to {size - 1}")
+    return x
+
+
+def absent(x: Tensor | None, path: str) -> None:
+    """Refuses an argument that the example left out."""
+    if x is not None:
+        raise ValueError(f"{path} is given, but this module was compiled without it: give it in example_inputs")
+
+
+def constant(same: bool, told: str) -> None:
+    """Refuses another value of what is no tensor."""
+    if not same:
+        raise ValueError(told)
+
+
+def length(found: int, expected: int, path: str) -> None:
+    """Refuses a list of another length."""
+    if found != expected:
+        raise ValueError(f"{path} has {found} elements, not {expected}")
+
+
+def keys(data: dict[str, Tensor], expected: list[str], path: str) -> None:
+    """Refuses a dict with other keys."""
+    for key in expected:
+        if key not in data:
+            raise ValueError(f"{path} has no entry '{key}'")
+    if len(data) != len(expected):
+        found = list(data.keys())
+        raise ValueError(f"{path} has the entries {found}, but this module was compiled for {expected}")

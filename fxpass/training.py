@@ -1,0 +1,422 @@
+"""``trainable``: an optimised model whose parameters are the original's, for fitting energies, forces and stress.
+
+Parameters are inputs of the program and no constants, so nothing is folded into them. The energies, the gradient by
+edge vectors and the product of a cotangent with the derivatives of both by every parameter are one graph, traced once;
+its ops are the semantic ones, derivatives too, so kernels run them.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .api import open_model
+from .errors import CaptureError, Location, UnsupportedModelError, UsageError
+from .frontends.base import Frontend, dtype_of
+from .ir.guards import lower_guards
+from .ir.program import Program, TensorSpec, ancestors
+from .ir.tracing import Replay, constants_of, trace_program
+from .ir.verifier import verify
+from .kernels.dispatch import Kernels
+from .pipeline import resolve
+from .registry import default_registry
+from .runner import run
+from .structures import probes_of
+
+#: passes that leave parameters what they are: functions of them are computed at every call
+ENERGY = (
+    "fold-constants,specialize-species,dead-irreps,common-subexpressions,"
+    "fuse-contraction{live=true},fuse-convolution,fold-constants,common-subexpressions,dead-code"
+)
+FORCES = "differentiate,fold-constants,common-subexpressions,dead-code"
+CLEAN = "fold-constants,common-subexpressions,dead-code"
+
+#: modules that compute something else in training than in evaluation, torch's and e3nn's, by what their names say
+MODAL = ("Dropout", "BatchNorm", "InstanceNorm")
+
+#: whether the caller asked for gradients by what he gave, and not by parameters alone
+_BY_INPUTS: ContextVar[bool] = ContextVar("fxpass_by_inputs", default=False)
+
+
+class Trainable(nn.Module):
+    """A model in whose place the optimised program runs; call it as the original, train it as the original.
+
+    Its parameters, their names, ``state_dict`` and ``load_state_dict`` are the original's own: an optimiser that steps
+    the one steps the other. The outputs carry the autograd graph that the original's carry in training: a loss on
+    energies, forces and stress gives the gradients by all parameters that require them. Tensors that the caller gave
+    get a gradient where they required one before the call; the original makes positions require one by itself.
+
+    Attributes:
+        original: the model.
+        interface: the family's own ``forward`` over the programs.
+        energy, forces: the programs; parameters are inputs after the family's own.
+    """
+
+    def __init__(self, original: nn.Module, interface: nn.Module, energy: Differentiable, forces: Differentiable):
+        super().__init__()
+        self.original = original
+        self.interface = interface
+        self.energy, self.forces = energy.program, forces.program
+        self.buffers_made_of = _versions(original)
+        self.training = original.training
+        interface.train(original.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's.
+
+        Raises:
+            UsageError: buffers of the original, which are constants of the program, have changed since it was made.
+        """
+        if _versions(self.original) != self.buffers_made_of:
+            raise UsageError(
+                "buffers of this model have changed, or its type or device has, since its programs were made",
+                hint="fxpass.trainable(model) once more",
+            )
+        given = [*_tensors(args), *_tensors(kwargs.values())]
+        token = _BY_INPUTS.set(any(t.requires_grad for t in given))
+        try:
+            return self.interface(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
+        finally:
+            _BY_INPUTS.reset(token)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The original's parameters."""
+        return self.original.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """The original's buffers."""
+        return self.original.named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's state."""
+        return self.original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load parameters into the original; buffers, which are constants of the program, must stay what they are.
+
+        Raises:
+            UsageError: a buffer differs; nothing was loaded.
+        """
+        for name, buffer in self.original.named_buffers():
+            if name in state_dict and not torch.equal(state_dict[name].to(buffer), buffer):
+                raise UsageError(f"the buffer {name} differs", hint="load into the original and make it trainable anew")
+        done = self.original.load_state_dict(state_dict, *args, **kwargs)
+        self.buffers_made_of = _versions(self.original)
+        return done
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Trainable:
+        old = next(self.original.parameters())
+        new = fn(old.detach())
+        if new.dtype != old.dtype or new.device != old.device:
+            raise UsageError(
+                f"a trainable model of {old.dtype} on {old.device} cannot become one of {new.dtype} on {new.device}",
+                hint="convert the original, then fxpass.trainable(model)",
+            )
+        return self
+
+
+def trainable(model: nn.Module | str | Path) -> Trainable:
+    """An optimised model whose parameters are those of ``model``.
+
+    Args:
+        model: of a family that has a frontend, on the CPU, or the path of its checkpoint (then ``.original`` is it).
+            It is shared, not copied.
+
+    Raises:
+        UsageError, UnsupportedModelError, CaptureError: as for :func:`fxpass.optimize`; also a model that computes
+            something else in training (dropout, batch normalisation), or with a parameter that the program lost.
+    """
+    model, frontend = open_model(model)
+    for path, module in model.named_modules():
+        if any(word in type(module).__name__ for word in MODAL) and getattr(module, "p", True):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} computes something else in training than in evaluation",
+                where=Location(module_path=path),
+                hint="train the original",
+            )
+    registry = default_registry()
+    with torch.inference_mode(False), torch.enable_grad():
+        facts = frontend.attributes(model)
+        for caveat in frontend.reference(model)[1]:
+            warnings.warn(f"fxpass: {caveat}", stacklevel=2)
+        captured, names = with_parameters(frontend.capture(model))
+        _check_lost(model, frontend, facts, set(names.values()))
+        energy = run(captured, resolve(ENERGY, registry), check=verify).program
+        forces = _attached(run(energy, resolve(FORCES, registry), check=verify).program)
+        first, second = (Differentiable(each, model, tuple(names.values())) for each in (energy, forces))
+        interface = frontend.interface(first, second, {**facts, "assumptions": list(forces.assumptions)})
+    return Trainable(model, interface, first, second)
+
+
+def with_parameters(program: Program) -> tuple[Program, dict[str, str]]:
+    """``program`` with its parameters as inputs after the others, and the model's name of each by the input's."""
+    program, specs, names = program.copy(), [], {}
+    module, inputs = program.graph_module, program.graph.find_nodes(op="placeholder")
+    read: dict[str, list[fx.Node]] = {}
+    for node in program.graph.find_nodes(op="get_attr"):
+        read.setdefault(str(node.target), []).append(node)
+    for name, value in list(module.named_parameters(remove_duplicate=False)):
+        if name not in read or value.numel() == 0 or not hasattr(value, "origin"):
+            continue
+        with program.graph.inserting_after(inputs[-1]):
+            new = program.graph.placeholder(name)
+        new.meta = dict(read[name][0].meta)
+        inputs.append(new)
+        for old in read[name]:
+            old.replace_all_uses_with(new)
+            program.graph.erase_node(old)
+        delattr(module, name)
+        specs.append(TensorSpec(new.name, tuple(value.shape), value.dtype))
+        names[new.name] = value.origin
+    module.recompile()
+    return replace(program, inputs=(*program.inputs, *specs)), names
+
+
+def _attached(program: Program) -> Program:
+    """``program`` with outputs that differentiation has cut from what they are computed from."""
+    node = program.graph.output_node()
+    cut = torch.ops.aten.detach.default
+    node.args = (tuple(n.args[0] if n.target is cut else n for n in node.args[0]),)  # type: ignore[union-attr]
+    program.graph_module.recompile()
+    return program
+
+
+def _check_lost(model: nn.Module, frontend: Frontend, facts: Mapping[str, Any], kept: set[str]) -> None:
+    """Refuse parameters that are no inputs of the program and yet change what the model computes."""
+    lost = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n not in kept and p.numel()]
+    if not lost:
+        return
+    probes = probes_of(facts)
+
+    def values() -> list[float]:
+        found = [frontend.evaluate(model, probe) for probe in probes]
+        return [v for each in found for v in (each.energy, *each.forces.flatten())]
+
+    before = values()
+    for name, parameter in lost:
+        old = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.add_(0.25)
+            after = values()
+            parameter.copy_(old)
+        if before != after:
+            raise CaptureError(
+                f"the parameter {name} changes what the model computes, but is no parameter of the captured program",
+                hint="requires_grad_(False) for it, if it need not be trained, and then fxpass.trainable(model)",
+            )
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """A program and the product of cotangents of its outputs with its derivatives, in two parts.
+
+    Attributes:
+        forward: inputs -> outputs, and what ``backward`` reads.
+        backward: cotangents, and that -> a gradient for each input that needs one.
+        outputs: how many of what ``forward`` returns are outputs.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    outputs: int
+
+
+class Differentiable(nn.Module):
+    """A program with parameters as inputs: a list of its outputs, with the graph of their derivatives.
+
+    Args:
+        program: its last inputs are parameters.
+        model: whose parameters these are, by ``names``.
+    """
+
+    def __init__(self, program: Program, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.program, self.names = program, names
+        self.of = (model,)  # in a tuple it is no module of this one
+        self.plain = _module(program.graph)(program.graph_module)
+        self.kernels = Kernels(program.graph_module.buffers())
+        self.made: dict[tuple[bool, ...], _Graphs] = {}
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        if not _BY_INPUTS.get():
+            inputs = tuple(t.detach() for t in inputs)
+        parameters = [self.of[0].get_parameter(name) for name in self.names]
+        given = (*inputs, *parameters)
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
+            with torch.no_grad(), self.kernels:
+                return self.plain(*given)
+        return list(_Run.apply(self, *given))
+
+    def graphs(self, needs: tuple[bool, ...]) -> _Graphs:
+        """The graphs for gradients by the inputs that ``needs`` has true."""
+        if needs not in self.made:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.made[needs] = _split(_joint(self.program, needs), len(self.program.outputs), len(needs))
+        return self.made[needs]
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, owner: Differentiable, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.owner, ctx.needs = owner, tuple(ctx.needs_input_grad[1:])
+        ctx.graphs = owner.graphs(ctx.needs)
+        with owner.kernels:
+            made = ctx.graphs.forward(*inputs)
+        count = ctx.graphs.outputs
+        ctx.count = len(inputs)
+        ctx.save_for_backward(*inputs, *made[count:])
+        return tuple(made[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        wanted = [t for t, need in zip(inputs, ctx.needs, strict=True) if need]
+        if torch.is_grad_enabled():  # the gradients are differentiated too: op by op, to any order
+            with ctx.owner.kernels:
+                made = ctx.owner.plain(*inputs)
+                pairs = [(o, g) for o, g in zip(made, cotangents, strict=True) if o.requires_grad]
+                found = torch.autograd.grad(
+                    [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+                )
+        else:
+            with ctx.owner.kernels:
+                found = ctx.graphs.backward(*cotangents, *saved)
+        gradients = iter(found)
+        return None, *(next(gradients) if need else None for need in ctx.needs)
+
+
+def _joint(program: Program, needs: Sequence[bool]) -> Program:
+    """The outputs of ``program``, and the gradients of their sum with cotangents by the inputs that need one."""
+    wanted = [k for k, need in enumerate(needs) if need]
+    count = len(program.inputs)
+    cotangents = tuple(replace(s, name=f"to_{s.name}") for s in program.outputs)
+    gradients = tuple(replace(program.inputs[k], name=f"by_{program.inputs[k].name}") for k in wanted)
+
+    def body(*given: Tensor) -> list[Any]:
+        inputs, incoming = given[:count], given[count:]
+        values = Replay(program, made_by="trainable").run(*inputs)
+        pairs = [(v, c) for v, c in zip(values, incoming, strict=True) if v.requires_grad]
+        total, towards = zip(*pairs, strict=True)
+        by = [inputs[k] for k in wanted]
+        found = torch.autograd.grad(total, by, towards, materialize_grads=True)
+        return [*(v.detach() for v in values), *found]
+
+    joint, frozen = trace_program(
+        body,
+        (*program.inputs, *cotangents),
+        (*program.outputs, *gradients),
+        constants_of(program),
+        stage="forces",
+        energy=program.energy,
+        differentiable=[program.inputs[k].name for k in wanted],
+    )
+    if frozen:
+        raise CaptureError(f"differentiation by parameters tied a size to a value: {'; '.join(frozen)}")
+    return run(_attached(joint), resolve(CLEAN, default_registry()), check=lambda program: None).program
+
+
+def _split(joint: Program, outputs: int, count: int) -> _Graphs:
+    """The graph of a joint program as what is needed for its outputs, and all the rest."""
+    graph = joint.graph
+    results = graph.output_node().args[0]
+    assert isinstance(results, (tuple, list))
+    placeholders = graph.find_nodes(op="placeholder")
+    first = ancestors(n for n in results[:outputs] if isinstance(n, fx.Node)) | set(placeholders[:count])
+    for node in graph.nodes:  # one part of a result is no reason to save all of it
+        if node.target is operator.getitem and node.args[0] in first:
+            first.add(node)
+    saved: dict[fx.Node, None] = {}
+
+    def need(node: fx.Node) -> None:
+        if node in first and node.op != "get_attr":
+            if _is_tensor(node):
+                saved[node] = None
+            else:  # sizes are read again
+                for operand in node.all_input_nodes:
+                    need(operand)
+
+    rest = [n for n in graph.nodes if n not in first and n.op == "call_function"]
+    for node in (*(n for call in rest for n in call.all_input_nodes), *results[outputs:]):
+        if isinstance(node, fx.Node):
+            need(node)
+    forward, backward = fx.Graph(), fx.Graph()
+    _copy(forward, placeholders[:count], [*results[:outputs], *saved])
+    _copy(backward, [*placeholders[count:], *saved], list(results[outputs:]))
+    module = joint.graph_module
+    return _Graphs(_module(forward)(module), _module(backward)(module), outputs)
+
+
+def _copy(made: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[Any]) -> None:
+    """What ``outputs`` are computed with from ``inputs``, in the order in which it stands."""
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = made.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    given = set(inputs)
+    wanted = ancestors((n for n in outputs if isinstance(n, fx.Node)), stop=given)
+    source = next(n for n in outputs if isinstance(n, fx.Node)).graph
+    for node in source.nodes:
+        if node in wanted and node not in given:
+            copies[node] = made.node_copy(node, copies.__getitem__)
+    made.output(fx.map_arg(list(outputs), copies.__getitem__))
+
+
+def _module(graph: fx.Graph) -> Any:
+    """Root module -> a module that runs ``graph`` and returns a list."""
+
+    def make(root: nn.Module) -> fx.GraphModule:
+        own = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        returned = own.graph_copy(graph, mapping)
+        own.output(list(returned))  # type: ignore[arg-type]
+        lower_guards(own)
+        return fx.GraphModule(root, own)
+
+    return make
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it holds tensors by name: a dictionary, or a graph of torch_geometric."""
+    return hasattr(value, "keys") and hasattr(value, "__getitem__")
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        parts = [value[name] for name in list(value.keys())] if _is_record(value) else [value]
+        yield from (part for part in parts if isinstance(part, Tensor))
+
+
+def _own(value: Any) -> Any:
+    """``value`` with tensors that interfaces may ask gradients of, without asking them of the caller's."""
+    if _is_record(value):
+        made = copy.copy(value)
+        for name in list(value.keys()):
+            made[name] = _own(value[name])
+        return made
+    return value.detach() if isinstance(value, Tensor) and not value.requires_grad else value
+
+
+def _versions(model: nn.Module) -> list[Any]:
+    """Changes when a buffer is exchanged or written to, or the type or device of the model changes."""
+    parameter = next(model.parameters())
+    buffers = [(id(b), b._version) for b in model.buffers() if not b.is_inference()]
+    return [parameter.dtype, parameter.device, dtype_of(model), *buffers]

@@ -1,0 +1,419 @@
+"""``fxpass.trainable``: gradients by parameters of losses on energies, forces and stress are the original's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxpass
+from fxpass.errors import UnsupportedModelError, UsageError
+from fxpass.ir.convolution import convolution_gradient, rows_by
+from fxpass.ir.program import Program
+from fxpass.kernels.dispatch import Kernels
+from fxpass.models import collate, small_potential
+from fxpass.structures import Structure, neighbour_list, probe_structures
+from fxpass.training import Differentiable, Trainable, trainable
+from variants import chosen
+
+F64 = torch.float64
+RELATIVE = 1e-9
+Call = Callable[[nn.Module], dict[str, Tensor]]
+
+
+def loss(result: dict[str, Tensor], keys: Sequence[str]) -> Tensor:
+    """Linear and quadratic in each result, with weights that are always the same."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros((), dtype=F64)
+    for key in keys:
+        weight = torch.randn(result[key].shape, generator=generator, dtype=F64)
+        total = total + (weight * result[key]).sum() + 0.1 * result[key].square().mean()
+    return total
+
+
+def gradients(model: nn.Module, call: Call, keys: Sequence[str]) -> dict[str, Tensor]:
+    """By name of the parameter; zeros where there is none."""
+    model.zero_grad()
+    loss(call(model), keys).backward()
+    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
+
+
+def agree(found: dict[str, Tensor], expected: dict[str, Tensor], least: int = 5) -> None:
+    """Each gradient within 1e-9 of its largest number; ``least`` of them are not zero."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.numel():
+            bound = RELATIVE * max(float(value.abs().max()), 1e-6)
+            assert float((found[name] - value).abs().max()) <= bound, name
+    assert sum(bool(value.any()) for value in expected.values()) >= least
+
+
+# --- the bundled model, in both environments
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_potential(F64)
+
+
+@pytest.fixture(scope="module")
+def trained(model: Any) -> Trainable:
+    return trainable(model)
+
+
+def probes(model: Any, periodic: bool = False) -> list[Structure]:
+    found = probe_structures(model.atomic_numbers.tolist(), model.cutoff)
+    return [each for each in found if not periodic or all(each.pbc)]
+
+
+def on(items: list[Structure], model: Any, **options: Any) -> Call:
+    def call(function: nn.Module) -> dict[str, Tensor]:
+        data = collate(items, model.atomic_numbers.tolist(), model.cutoff, F64, neighbour_list)
+        return function(data, training=True, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("keys", [("energy",), ("forces",), ("stress",), ("energy", "forces", "stress")])
+def test_gradients_of_each_loss(model: Any, trained: Trainable, keys: tuple[str, ...]) -> None:
+    call = on(probes(model, periodic="stress" in keys), model, compute_stress="stress" in keys)
+    agree(gradients(trained, call, keys), gradients(model, call, keys))
+
+
+@pytest.mark.once
+def test_energies_alone(model: Any, trained: Trainable) -> None:
+    call = on(probes(model), model, compute_forces=False)
+    agree(gradients(trained, call, ["energy", "node_energy"]), gradients(model, call, ["energy", "node_energy"]))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("position", range(6))
+def test_one_structure(model: Any, trained: Trainable, position: int) -> None:
+    """Periodic and isolated, one atom, no edges: graphs serve all sizes."""
+    call = on([probes(model)[position]], model)
+    agree(gradients(trained, call, ["energy", "forces"]), gradients(model, call, ["energy", "forces"]), 1)
+
+
+@pytest.mark.once
+def test_parameters_are_the_originals(model: Any, trained: Trainable) -> None:
+    ours, theirs = (dict(each.named_parameters()) for each in (trained, model))
+    assert ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in theirs)
+    assert trained.state_dict().keys() == model.state_dict().keys()
+    assert trained.original is model and trained.cutoff == model.cutoff
+    trained.load_state_dict(model.state_dict())
+
+
+@pytest.mark.once
+def test_an_optimiser_takes_the_same_steps(model: Any) -> None:
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    losses = []
+    for each in (first, trainable(second)):
+        optimiser = torch.optim.Adam(each.parameters(), lr=1e-3)
+        losses.append([])
+        for _ in range(4):
+            optimiser.zero_grad()
+            value = loss(on(probes(model), model)(each), ["energy", "forces"])
+            value.backward()
+            optimiser.step()
+            losses[-1].append(value.item())
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-9)
+    assert losses[0][3] < losses[0][0]
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.once
+def test_frozen_parameters(model: Any) -> None:
+    mine = copy.deepcopy(model)
+    ours = trainable(mine)
+    call, keys = on(probes(model), model), ["energy", "forces"]
+    everything = gradients(model, call, keys)
+    names = [name for name, _ in mine.named_parameters()]
+    for frozen in (names[2:], names):  # after it was made, one after the other
+        for name, parameter in mine.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        if len(frozen) == len(names):
+            assert not any(value.requires_grad for value in call(ours).values())
+            continue
+        agree(gradients(ours, call, keys), {n: everything[n] for n in names if n not in frozen}, 1)
+
+
+@pytest.mark.once
+def test_gradients_by_positions_where_they_are_asked_for(model: Any, trained: Trainable) -> None:
+    found = []
+    for each in (model, trained):
+        data = collate(probes(model), model.atomic_numbers.tolist(), model.cutoff, F64, neighbour_list)
+        data["positions"].requires_grad_()
+        loss(each(data, training=True), ["energy", "forces"]).backward()
+        found.append(data["positions"].grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.once
+def test_what_was_given_stays_as_it_was(model: Any, trained: Trainable) -> None:
+    data = collate(probes(model), model.atomic_numbers.tolist(), model.cutoff, F64, neighbour_list)
+    before = {name: (value.clone(), value.requires_grad) for name, value in data.items()}
+    loss(trained(data, training=True), ["energy", "forces"]).backward()
+    for name, value in data.items():
+        assert torch.equal(value, before[name][0]) and value.requires_grad == before[name][1] and value.grad is None
+
+
+@pytest.mark.once
+def test_a_gradient_that_is_differentiated(model: Any, trained: Trainable) -> None:
+    """Norm of the parameter gradient of a loss on forces, as a penalty: third derivatives of the energy."""
+    call = on([probes(model)[0]], model)
+    found = []
+    for each in (model, trained):
+        each.zero_grad()
+        parameters = [p for p in each.parameters() if p.requires_grad]
+        first = torch.autograd.grad(
+            loss(call(each), ["energy", "forces"]), parameters, create_graph=True, allow_unused=True
+        )
+        sum(g.square().sum() for g in first if g is not None).backward()  # type: ignore[union-attr]
+        found.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in each.named_parameters()})
+    agree(found[1], found[0])
+
+
+@pytest.mark.once
+def test_kernels_run_forward_and_backward(model: Any, trained: Trainable) -> None:
+    gradients(trained, on(probes(model), model), ["energy", "forces"])
+    part = trained.interface.forces_program
+    assert isinstance(part, Differentiable)
+    ran = " ".join(part.kernels.calls)
+    assert "convolution" in ran and "rows_by" in ran and "linear" in ran
+    names = [str(node.target) for each in part.made.values() for node in each.backward.graph.nodes]
+    assert names.count("fxpass.convolution_gradient.default") >= 2, "double backward runs the same op"
+    assert not any("tensor_product" in name and "conv" in name for name in names)
+
+
+# --- families: each one's own model, data and results
+
+
+def compare_family(model: Any, call: Call, keys: Sequence[str]) -> Trainable:
+    ours = trainable(model).train()
+    assert model.training
+    agree(gradients(ours, call, keys), gradients(model, call, keys))
+    return ours
+
+
+def mace_call(model: Any, periodic: bool, **options: Any) -> Call:
+    from fxpass.frontends.mace import mace_batch
+    from mace_models import CUTOFF, NUMBERS
+
+    items = [each for each in probe_structures(NUMBERS, CUTOFF) if not periodic or all(each.pbc)]
+    heads = list(getattr(model, "heads", None) or ["Default"])
+
+    def call(function: nn.Module) -> dict[str, Tensor]:
+        return function(mace_batch(items, NUMBERS, CUTOFF, heads, F64), training=True, **options)
+
+    return call
+
+
+MACE_VARIANTS = (
+    *("scale-shift", "mace", "attention", "density-residual", "nonlinear", "correlation-3-l3", "three-layers-l2"),
+    *("heads-nonlinear", "zbl", "agnesi", "bias-readout", "agnostic-product", "hidden-l3", "correlation-4", "so3"),
+)
+
+
+@pytest.mark.mace
+@pytest.mark.parametrize("name", chosen(MACE_VARIANTS, "scale-shift"))
+def test_mace(name: str) -> None:
+    from mace_models import VARIANTS, build
+
+    model = build(**VARIANTS[name])
+    ours = compare_family(model, mace_call(model, False), ["energy", "forces"])
+    call, keys = mace_call(model, True, compute_stress=True), ["energy", "forces", "stress"]
+    agree(gradients(ours, call, keys), gradients(model, call, keys))
+
+
+@pytest.mark.mace
+@pytest.mark.long
+def test_a_basis_without_a_derivative_is_told() -> None:
+    """Forces of the original are not the gradient of its energy: its energies train alike, and the user is told."""
+    from mace_models import build
+
+    model = build(radial_type="chebyshev", layers=1)
+    with pytest.warns(UserWarning, match="Chebyshev"):
+        ours = trainable(model)
+    call = mace_call(model, False, compute_force=False)
+    agree(gradients(ours, call, ["energy"]), gradients(model, call, ["energy"]))
+
+
+@pytest.mark.mace
+@pytest.mark.long
+def test_mace_of_float32() -> None:
+    from fxpass.frontends.base import converted
+    from fxpass.frontends.mace import mace_batch
+    from mace_models import CUTOFF, NUMBERS, build
+
+    exact = build(correlation=3)
+    model = converted(exact, torch.float32)
+    items = list(probe_structures(NUMBERS, CUTOFF))
+
+    def call(function: nn.Module) -> dict[str, Tensor]:
+        dtype = next(function.parameters()).dtype
+        return function(mace_batch(items, NUMBERS, CUTOFF, ["Default"], dtype), training=True)
+
+    found = gradients(trainable(model), call, ["energy", "forces"])
+    for name, value in gradients(exact, call, ["energy", "forces"]).items():
+        assert float((found[name].double() - value).abs().max()) <= 1e-3 * float(value.abs().max()), name
+
+
+@pytest.mark.nequip
+@pytest.mark.parametrize("name", chosen(["trainable", "bessel"], "trainable"))
+def test_nequip(name: str) -> None:
+    import test_nequip as nequip
+
+    model = nequip.build(**nequip.VARIANTS[name])
+    data = nequip.frame(nequip.structures()[0])
+    compare_family(model, lambda f: nequip.call(f, data), ["total_energy", "forces", "stress"])
+
+
+@pytest.mark.nequip
+def test_allegro() -> None:
+    import test_allegro as allegro
+
+    model = allegro.allegro()
+    data = allegro.frame(allegro.structures()[0])
+    compare_family(model, lambda f: allegro.call(f, data), ["total_energy", "forces", "stress"])
+
+
+@pytest.mark.sevenn
+@pytest.mark.parametrize("name", chosen(["like SevenNet-0", "trained denominator"], "like SevenNet-0"))
+def test_sevennet(name: str) -> None:
+    import test_sevennet as sevennet
+
+    model = sevennet.build(**sevennet.VARIANTS[name])
+    ours, original = trainable(model).train(), sevennet.reference(model).train()
+    keys = ["inferred_total_energy", "inferred_force", "inferred_stress"]
+    call: Call = lambda f: f(sevennet.graph(sevennet.structures()[:2], model))  # noqa: E731
+    agree(gradients(ours, call, keys), gradients(original, call, keys))
+
+
+@pytest.mark.schnetpack
+@pytest.mark.parametrize("kind", chosen(["schnet", "painn"], "painn"))
+def test_schnetpack(kind: str) -> None:
+    import test_schnetpack as spk
+
+    model = spk.build(**spk.VARIANTS[kind])
+    items = spk.structures()
+    compare_family(model, lambda f: spk.call(f, spk.batch(items)), ["energy", "forces"])
+    compare_family(model, lambda f: spk.call(f, spk.batch(items[:1])), ["energy", "forces", "stress"])
+
+
+# --- refusals
+
+
+@pytest.mark.once
+def test_modes_that_compute_something_else(model: Any) -> None:
+    odd = copy.deepcopy(model)
+    odd.extra = nn.Dropout(0.1)
+    with pytest.raises(UnsupportedModelError, match="training"):
+        trainable(odd)
+    odd.extra = nn.Dropout(0.0)
+    assert trainable(odd).train().training
+
+
+@pytest.mark.once
+def test_another_type_and_changed_buffers(model: Any) -> None:
+    mine = copy.deepcopy(model)
+    ours = trainable(mine)
+    assert ours.to(F64) is ours
+    with pytest.raises(UsageError, match="float32"):
+        ours.float()
+    state = copy.deepcopy(mine.state_dict())
+    state["atomic_energies"] += 1
+    with pytest.raises(UsageError, match="atomic_energies"):
+        ours.load_state_dict(state)
+    mine.atomic_energies += 1
+    with pytest.raises(UsageError, match="buffers"):
+        on(probes(mine), mine)(ours)
+
+
+@pytest.mark.once
+def test_what_is_no_model() -> None:
+    with pytest.raises(UsageError):
+        trainable("no such file")
+    with pytest.raises(UnsupportedModelError):
+        trainable(nn.Linear(2, 2))
+
+
+# --- the ops
+
+
+@pytest.mark.once
+def test_second_derivatives_of_a_convolution_with_weights() -> None:
+    from test_kernel_dispatch import PRODUCT, inputs
+
+    x, vectors, _, (sender, receiver) = inputs(4, 9)
+    y = torch.cat([vectors[:, :1], vectors], 1)
+    radial = torch.randn(9, 12, dtype=F64)
+    g = torch.randn(4, 16, dtype=F64)
+    order, text = rows_by(sender, 4), str(PRODUCT)
+    given = tuple(t.requires_grad_() for t in (x, y, g, radial))
+
+    def first(x: Tensor, y: Tensor, g: Tensor, radial: Tensor) -> tuple[Tensor, ...]:
+        return convolution_gradient(x, y, g, radial, None, None, sender, receiver, order, text, "", [True] * 3)
+
+    with Kernels() as kernels:
+        assert torch.autograd.gradcheck(first, given)
+        assert torch.autograd.gradgradcheck(first, given, atol=1e-4)
+        assert not kernels.fallbacks
+
+
+# --- fuse-contraction{live=true}
+
+
+def weighted(constant: bool) -> tuple[Program, Tensor, Tensor]:
+    """A symmetric contraction whose weights by species are a constant, or an input."""
+    from fxpass.algebra.polynomial import Polynomial
+    from fxpass.ir import ops
+    from fxpass.ir.program import TensorSpec
+    from fxpass.ir.tracing import trace_program
+
+    text = str(Polynomial(3, ((0,), (2,), (0, 1), (1, 1, 2)), "3x0e", "2x0e"))
+    generator = torch.Generator().manual_seed(0)
+    coefficients = torch.randn(4, 3, 2, dtype=F64, generator=generator)
+    coefficients[0, :, 1] = 0  # no path: no term
+    weights = torch.randn(2, 15, dtype=F64, generator=generator)
+    inputs = (TensorSpec("x", ("atoms", 5, 3), F64), TensorSpec("species", ("atoms",), torch.int64))
+    inputs += () if constant else (TensorSpec("weights", (2, 15), F64),)
+
+    def body(x: Tensor, species: Tensor, weights: Tensor = weights) -> list[Tensor]:
+        rows = ops.gather(weights, species).view(-1, 3, 5)
+        return [ops.polynomial(x, [], rows, None, coefficients, text, "out").sum((1, 2))]
+
+    named = {"weights": weights, "coefficients": coefficients}
+    output = (TensorSpec("energy", ("atoms",), F64),)
+    return trace_program(body, inputs, output, named, stage="energy")[0], weights, coefficients
+
+
+@pytest.mark.once
+def test_weights_that_live_in_a_contraction() -> None:
+    program, weights, _ = weighted(constant=False)
+    x, species = torch.randn(6, 5, 3, dtype=F64), torch.tensor([0, 1, 1, 0, 0, 1])
+    refused = fxpass.run_passes(program.copy(), "fuse-contraction")
+    assert not refused.records[0].modified and "not constants" in refused.records[0].refusals[0].reason
+    done = fxpass.run_passes(program.copy(), "fuse-contraction{live=true},dead-code").program
+    targets = [str(node.target) for node in done.graph.nodes]
+    assert "fxpass.contraction.default" in targets and "fxpass.polynomial.default" not in targets
+    torch.testing.assert_close(
+        done.graph_module(x, species, weights), program.graph_module(x, species, weights), rtol=1e-12, atol=1e-12
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w: done.graph_module(x, species, w)[0], (x.requires_grad_(), weights.clone().requires_grad_())
+    )
+
+
+@pytest.mark.once
+def test_constant_weights_are_folded_all_the_same() -> None:
+    program, _, _ = weighted(constant=True)
+    texts = ("fuse-contraction{live=true},dead-code", "fuse-contraction,dead-code")
+    live, folded = (fxpass.run_passes(program.copy(), text).program for text in texts)
+    assert [str(n.target) for n in live.graph.nodes] == [str(n.target) for n in folded.graph.nodes]
