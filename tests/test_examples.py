@@ -139,3 +139,14 @@ def test_plain_deep_potential(tmp_path: Path) -> None:
     assert errors["command, order 3"] == errors["Python, order 3"]
     assert errors["Python, order 5"] < 0.01 * errors["Python, order 3"] < 1e-6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compressed.fxp", "model.pt"]
+
+
+@pytest.mark.slow
+def test_phonons(tmp_path: Path) -> None:
+    printed = run("phonons.py", "--cells", "3", "--plot", "bands.svg", cwd=tmp_path)
+    ((off, largest),) = re.findall(r"force constants within (\S+) eV/Angstrom\^2 of finite displacements, largest (\S+)", printed)
+    assert float(off) < 1e-4 * float(largest)
+    (change,) = re.findall(r"squared frequencies within (\S+) THz\^2", printed)
+    assert float(change) < 1e-2
+    assert len(re.findall(r"THz$", printed, re.MULTILINE)) == 6  # corners of the zone
+    assert ElementTree.parse(tmp_path / "bands.svg").getroot().findall(".//{http://www.w3.org/2000/svg}polyline")

@@ -695,6 +695,20 @@ def test_a_buffer_that_the_first_call_makes_is_not_left_behind() -> None:
     assert model.seen is None
 
 
+def test_a_sparse_buffer_is_one_like_others() -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.tensor([[0.0, 2.0], [3.0, 0.0]]).to_sparse())
+            self.table: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.table, x.t())
+
+    model = Mixes()
+    agree(jit.trace(model, torch.randn(4, 2)), model, torch.randn(7, 2))
+
+
 def test_any_exception_of_the_module_says_that_it_does_not_take_the_input() -> None:
     class Last(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -230,9 +230,12 @@ def _in_torchscript(module: fx.GraphModule) -> fx.GraphModule:
             dims = node.kwargs.get("dims", node.args[2] if len(node.args) > 2 else 2)
             if not isinstance(dims, int):
                 node.args, node.kwargs = (*node.args[:2], tuple(list(axes) for axes in dims)), {}
-        elif (node.op, node.target) == ("call_method", "permute") and not node.kwargs:
-            if not isinstance(node.args[-1], (list, tuple)):
-                node.args = (node.args[0], list(node.args[1:]))
+        elif (
+            (node.op, node.target) == ("call_method", "permute")
+            and not node.kwargs
+            and not isinstance(node.args[-1], (list, tuple))
+        ):
+            node.args = (node.args[0], list(node.args[1:]))
     result = fx.GraphModule(module, graph)
     for held in ("_parameters", "_buffers"):  # those too that the code does not use
         setattr(result, held, dict(getattr(module, held)))

@@ -108,7 +108,7 @@ def unchanged(module: nn.Module, seed: int | None = None) -> Iterator[None]:
             for owner, name, buffer, value in held:
                 if not isinstance(owner, torch.jit.ScriptModule) and getattr(owner, name) is not buffer:
                     setattr(owner, name, buffer)  # it was replaced, as a running average may be
-                if not torch.equal(buffer, value):
+                if buffer.layout is not torch.strided or not torch.equal(buffer, value):
                     with torch.no_grad():
                         buffer.copy_(value)
             for owner, name in absent:
