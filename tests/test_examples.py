@@ -144,7 +144,8 @@ def test_plain_deep_potential(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_phonons(tmp_path: Path) -> None:
     printed = run("phonons.py", "--cells", "3", "--plot", "bands.svg", cwd=tmp_path)
-    ((off, largest),) = re.findall(r"force constants within (\S+) eV/Angstrom\^2 of finite displacements, largest (\S+)", printed)
+    within = r"force constants within (\S+) eV/Angstrom\^2 of finite displacements, largest (\S+)"
+    ((off, largest),) = re.findall(within, printed)
     assert float(off) < 1e-4 * float(largest)
     (change,) = re.findall(r"squared frequencies within (\S+) THz\^2", printed)
     assert float(change) < 1e-2

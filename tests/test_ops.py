@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import permutations
 from math import prod
 
@@ -221,3 +222,22 @@ def test_a_polynomial_with_wider_coefficients_has_the_type_of_x(wrt: str) -> Non
     found = ops.polynomial(x, [], None, g, wide, str(poly), wrt)
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, ops.polynomial(x, [], None, g, wide.float(), str(poly), wrt))
+
+
+def test_the_reference_of_a_polynomial_keeps_nothing_alive() -> None:
+    """A cycle would hold all monomials until Python looks for cycles."""
+    poly, coefficients = spherical_harmonics((0, 1, 2, 3), "component", -1)
+    x, constants = torch.rand(ROWS, 1, 3, dtype=torch.float64), torch.from_numpy(coefficients)[:, None]
+
+    def held() -> int:
+        with torch.no_grad():
+            ops.polynomial(x, [x], None, None, constants, str(poly), "out")
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    held()
+    gc.collect()
+    gc.disable()
+    try:
+        assert held() == held()
+    finally:
+        gc.enable()

@@ -393,35 +393,46 @@ def as_rows(x: Tensor, channels: int) -> Tensor:
 def monomials(poly: Polynomial, x: Tensor, directions: Sequence[Tensor]) -> Tensor:
     """The closure's monomials, differentiated once along each direction: [variables, n] -> [monomials, n]."""
     levels: dict[tuple[int, frozenset[int]], Tensor | None] = {}
-
-    def level(degree: int, along: frozenset[int]) -> Tensor | None:
-        # product rule on monomial = parent * x_last; x is linear, a constant has no derivative
-        if degree < len(along):
-            return None
-        if degree == 0:
-            return torch.ones_like(x.narrow(0, 0, 1))
-        key = (degree, along)
-        if key not in levels:
-            parents, last = (torch.tensor(rows, device=x.device) for rows in poly.steps[degree - 1])
-            total: Tensor | None = None
-            choices = [(along, x), *((along - {j}, directions[j]) for j in sorted(along))]
-            for rest, factor in choices:
-                below = level(degree - 1, rest)
-                if below is not None:
-                    term = factor.index_select(0, last)
-                    if degree > 1:
-                        term = below.index_select(0, parents) * term
-                    total = term if total is None else total + term
-            levels[key] = total
-        return levels[key]
-
     along = frozenset(range(len(directions)))
     blocks = []
     for degree, names in enumerate(poly.closure):
         if names:
-            value = level(degree, along)
+            value = _level(poly, x, directions, degree, along, levels)
             blocks.append(torch.zeros_like(x.narrow(0, 0, 1)).expand(len(names), -1) if value is None else value)
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _level(
+    poly: Polynomial,
+    x: Tensor,
+    directions: Sequence[Tensor],
+    degree: int,
+    along: frozenset[int],
+    known: dict[tuple[int, frozenset[int]], Tensor | None],
+) -> Tensor | None:
+    """The monomials of one degree, differentiated along some of the directions; None for zero.
+
+    By the product rule on monomial = parent * x_last: x is linear, a constant has no derivative.  Not a function inside
+    of :func:`monomials`: one that calls itself is part of its own closure, which would keep ``known`` alive until the
+    next run of Python's garbage collector.
+    """
+    if degree < len(along):
+        return None
+    if degree == 0:
+        return torch.ones_like(x.narrow(0, 0, 1))
+    key = (degree, along)
+    if key not in known:
+        parents, last = (torch.tensor(rows, device=x.device) for rows in poly.steps[degree - 1])
+        total: Tensor | None = None
+        for rest, factor in [(along, x), *((along - {j}, directions[j]) for j in sorted(along))]:
+            below = _level(poly, x, directions, degree - 1, rest, known)
+            if below is not None:
+                term = factor.index_select(0, last)
+                if degree > 1:
+                    term = below.index_select(0, parents) * term
+                total = term if total is None else total + term
+        known[key] = total
+    return known[key]
 
 
 def polynomial_gradient(poly: Polynomial, g: Tensor, values: Tensor) -> Tensor:
