@@ -3,8 +3,9 @@
     python run_tests.py --env e3nn06 -- --collect-only      # makes the environment .envs/e3nn06
     .envs/e3nn06/bin/python benchmarks/families.py --threads 1 2
 
-Energy, forces and, where the model gives it, stress; float32; both in this process and by turns, on inputs that are
-prepared once.  Models have random weights (costs do not depend on them), but SevenNet-0 is the pretrained one.
+Energy, forces and, where the model gives it, stress; float32 unless named otherwise; both in this process and by turns,
+on inputs that are prepared once.  Models have random weights (costs do not depend on them), but SevenNet-0 is the
+pretrained one.  DeePMD's inputs are positions: the search for neighbours is part of both sides.
 """
 
 from __future__ import annotations
@@ -125,10 +126,31 @@ def schnetpack(kind: str, blocks: int) -> nn.Module:
     )
 
 
+def deepmd(precision: str) -> nn.Module:
+    """se_e2_a for water: embedding 25-50-100, axis 16, fitting 240-240-240; statistics as of data."""
+    from fxpass.frontends.deepmd import import_deepmd
+
+    import_deepmd()
+    from deepmd.pt.model.model import get_model
+
+    descriptor = {"type": "se_e2_a", "sel": [46, 92], "rcut_smth": 0.5, "rcut": 6.0, "neuron": [25, 50, 100]}
+    descriptor |= {"resnet_dt": False, "axis_neuron": 16, "seed": 1, "precision": precision}
+    fitting = {"neuron": [240, 240, 240], "resnet_dt": True, "seed": 1, "precision": precision}
+    model = get_model({"type_map": ["O", "H"], "descriptor": descriptor, "fitting_net": fitting})
+    for module in model.modules():
+        if isinstance(getattr(module, "stddev", None), torch.Tensor):
+            module.stddev[...] = 0.15
+            module.mean[..., :1] = 0.05
+    return model
+
+
+WATER = ("SchNet", "PaiNN", "DeePMD")
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "SevenNet-0": sevennet,
     "SchNet, 6 blocks, 128 features": lambda: schnetpack("SchNet", 6),
     "PaiNN, 3 blocks, 128 features": lambda: schnetpack("PaiNN", 3),
+    "DeePMD se_e2_a, 25-50-100/240^3, float32": lambda: deepmd("float32"),
+    "DeePMD se_e2_a, 25-50-100/240^3, float64": lambda: deepmd("float64"),
     # NequIP's own state, which its models ask for, is that of the whole process: last
     "NequIP, 3 layers, l_max 2, 32 features": nequip,
     "Allegro, 2 layers, l_max 2, 64/32 features": allegro,
@@ -154,7 +176,7 @@ def measure(name: str, options: argparse.Namespace) -> list[Row]:
         parameter.requires_grad_(False)
     model, frontend = open_model(model)
     facts = frontend.attributes(model)
-    of_water = {1, 8} <= set(facts["numbers"]) and name.startswith(("SchNet", "PaiNN"))
+    of_water = {1, 8} <= set(facts["numbers"]) and name.startswith(WATER)
     species = [n for n in (14, 29) if n in facts["numbers"]]
     structure = water(4) if of_water else crystal(options.atoms, species, facts["cutoff"], NEAREST)
     result = fxpass.optimize(model, options.passes, target="native", verify=not options.no_verify)

@@ -129,6 +129,13 @@ def frozen_sizes(inputs: Sequence[FakeTensor]) -> tuple[str, ...]:
     return tuple(ties + [str(g.expr) for g in env.guards if isinstance(g.expr, sympy.Eq)])
 
 
+def size_conditions(inputs: Sequence[FakeTensor]) -> tuple[sympy.Basic, ...]:
+    """Conditions on symbolic sizes, other than ties, under which a trace is what the traced function does."""
+    env = inputs[0].fake_mode.shape_env
+    assert env is not None
+    return tuple(g.expr for g in env.guards if not isinstance(g.expr, sympy.Eq))
+
+
 def size_expr(size: int | torch.SymInt) -> sympy.Expr:
     """A size as a sympy expression in the symbols of its trace."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)

@@ -243,7 +243,8 @@ def _optimize_function(
     clock = _Clock(told=progress)
     with torch.inference_mode(False), torch.enable_grad():
         source = copy_model(model).eval()
-        notes = ("it was in training mode, and is compiled as in evaluation mode",) if model.training else ()
+        trained = [path or "it" for path, part in model.named_modules() if part.training][:3]
+        notes = tuple(f"{path} was in training mode, and is compiled as in evaluation mode" for path in trained)
         with clock.stage("capture"):
             given = read_example(source, example_inputs, dynamic)
             captured = given.capture(source)

@@ -252,6 +252,8 @@ def _check_common(members: Sequence[Optimized]) -> None:
         raise UsageError("a committee needs members", hint="optimize([model, model, ...])")
     first = members[0]
     for k, member in enumerate(members):
+        if member.program.stage != "forces":
+            raise UsageError(f"member {k} of the committee is no potential", hint="optimise it by itself")
         pairs: list[tuple[str, Any, Any]] = [("family", first.frontend.name, member.frontend.name)]
         pairs += [(words, first.facts.get(fact), member.facts.get(fact)) for fact, words in COMMON.items()]
         for what, expected, found in pairs:

@@ -37,6 +37,8 @@ from fxpass_passes.differentiate import Differentiate
 from fxpass_passes.fuse_convolution import FuseConvolution
 from fxpass_passes.legalize import Legalize
 
+pytestmark = pytest.mark.once
+
 aten = torch.ops.aten
 F64 = torch.float64
 SIZES = (

@@ -91,18 +91,21 @@ def test_hessian(derivatives: Derivatives) -> None:
     check_hessian(derivatives, CLUSTER)
 
 
+@pytest.mark.once
 def test_hessian_vectors_come_in_any_number(derivatives: Derivatives) -> None:
     both = derivatives.hessian_vector(CRYSTAL, np.array([U, V]))
     assert both.shape == (2, 4, 3)
     assert np.array_equal(both[1], derivatives.hessian_vector(CRYSTAL, V))
 
 
+@pytest.mark.once
 def test_ase_atoms_and_structures_are_the_same(derivatives: Derivatives) -> None:
     ase = pytest.importorskip("ase")
     atoms = ase.Atoms(CRYSTAL.numbers, CRYSTAL.positions, cell=CRYSTAL.cell, pbc=True)
     assert np.array_equal(derivatives.hessian_vector(atoms, U), derivatives.hessian_vector(CRYSTAL, U))
 
 
+@pytest.mark.once
 def test_rows_come_in_chunks(derivatives: Derivatives) -> None:
     full = derivatives.hessian(CRYSTAL, symmetrise=False)
     pieces = list(derivatives.hessian_rows(CRYSTAL, chunk=3))
@@ -110,6 +113,7 @@ def test_rows_come_in_chunks(derivatives: Derivatives) -> None:
     assert np.array_equal(np.concatenate([rows for _, rows in pieces]), full)
 
 
+@pytest.mark.once
 def test_no_memory_is_slower_and_the_same(optimised: Optimized, derivatives: Derivatives) -> None:
     """Nothing is kept between directions where nothing may be."""
     linear, motion = derivatives._product(2), derivatives._motion(CRYSTAL)
@@ -121,11 +125,13 @@ def test_no_memory_is_slower_and_the_same(optimised: Optimized, derivatives: Der
     )
 
 
+@pytest.mark.once
 def test_an_asymmetric_hessian_is_refused(derivatives: Derivatives) -> None:
     with pytest.raises(VerificationError, match=r"not symmetric: H - H\^T reaches"):
         derivatives.hessian(CRYSTAL, tolerance=-1.0)
 
 
+@pytest.mark.once
 def test_no_edges(derivatives: Derivatives) -> None:
     for structure in (ATOM, FAR):
         n = len(structure)
@@ -135,6 +141,7 @@ def test_no_edges(derivatives: Derivatives) -> None:
         assert derivatives.edge_forces(structure).vectors.shape == (0, 3)
 
 
+@pytest.mark.once
 def test_third_derivatives(derivatives: Derivatives) -> None:
     """Against differences of products with the Hessian; symmetric in all three directions."""
     found = derivatives.third(CRYSTAL, U, V)
@@ -145,6 +152,7 @@ def test_third_derivatives(derivatives: Derivatives) -> None:
     assert np.abs(found.sum(axis=0)).max() < 1e-10 * np.abs(found).max()
 
 
+@pytest.mark.once
 def test_strain(derivatives: Derivatives, optimised: Optimized) -> None:
     """Elastic constants and internal strain against finite strains."""
     constants = derivatives.elastic_constants(CRYSTAL)
@@ -163,6 +171,7 @@ def test_strain(derivatives: Derivatives, optimised: Optimized) -> None:
     assert np.abs(coupling - expected).max() < 1e-6 * np.abs(expected).max()
 
 
+@pytest.mark.once
 def test_relaxed_elastic_constants(derivatives: Derivatives) -> None:
     """Against the stress of crystals that are strained and then relaxed; softer than those of clamped atoms."""
     start = replace(CRYSTAL, numbers=[29, 29, 79, 79], positions=FCC * A)
@@ -192,6 +201,7 @@ def relaxed(derivatives: Derivatives, structure: Structure) -> Structure:
     return structure
 
 
+@pytest.mark.once
 def test_cubic_copper(derivatives: Derivatives) -> None:
     """One atom in a cell: three independent constants, of the size of those of copper, in GPa."""
     cell = (np.ones((3, 3)) - np.eye(3)) * 3.5896 / 2
@@ -202,6 +212,7 @@ def test_cubic_copper(derivatives: Derivatives) -> None:
     assert 150 < c[0, 0, 0, 0] < 200 and 50 < c[1, 2, 1, 2] < 110
 
 
+@pytest.mark.once
 def test_what_cannot_be_relaxed_is_refused(derivatives: Derivatives) -> None:
     with pytest.raises(StructureError, match="not relaxed: forces reach"):
         derivatives.elastic_constants(CRYSTAL, relaxed=True)
@@ -212,6 +223,7 @@ def test_what_cannot_be_relaxed_is_refused(derivatives: Derivatives) -> None:
         derivatives.stress(CLUSTER)
 
 
+@pytest.mark.once
 def test_jacobians(derivatives: Derivatives) -> None:
     """jvp is the transpose of vjp; both are the Jacobian, whose rows add up to minus the forces."""
     weights = RNG.normal(size=4)
@@ -279,6 +291,7 @@ def chain(outputs: tuple[str, ...]) -> tuple[Derivatives, Structure]:
     return Derivatives(program, family, {}), structure
 
 
+@pytest.mark.once
 def test_born_charges() -> None:
     """From a dipole, and from a field, the same; they add up to zero; and by finite differences."""
     with_dipole, structure = chain(("energy", "dipole"))
@@ -295,6 +308,7 @@ def test_born_charges() -> None:
     assert np.abs(field + jvp).max() < 1e-12
 
 
+@pytest.mark.once
 def test_refusals(derivatives: Derivatives, optimised: Optimized) -> None:
     with pytest.raises(UnsupportedModelError, match=r"no dipole and no electric field.*energy, node_energy"):
         derivatives.born_charges(CRYSTAL)
@@ -321,6 +335,7 @@ def test_refusals(derivatives: Derivatives, optimised: Optimized) -> None:
         Derivatives(energy, optimised.frontend, optimised.facts)
 
 
+@pytest.mark.once
 @pytest.mark.long
 def test_float32_model_in_float64() -> None:
     model = fxpass.optimize(small_potential(torch.float32), "exact", verify=False)
@@ -329,6 +344,7 @@ def test_float32_model_in_float64() -> None:
     assert 0 < np.abs(own - exact).max() < 1e-4 * np.abs(exact).max()
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_tables(derivatives: Derivatives, optimised: Optimized) -> None:
     """Of order 5 they give the Hessian, by kernels that read them; of order 3 with a warning, and nothing beyond."""
@@ -347,6 +363,7 @@ def test_tables(derivatives: Derivatives, optimised: Optimized) -> None:
         cubic.third(CRYSTAL, U, V)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("coarse", [0.0, 9.0])
 def test_the_slope_of_a_table_is_a_table(coarse: float) -> None:
     grid = Grid.fitted(5, 1.0, 5.0, 0.25, reach=coarse)
@@ -360,6 +377,7 @@ def test_the_slope_of_a_table_is_a_table(coarse: float) -> None:
         assert torch.allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.once
 def test_padding_does_not_count(derivatives: Derivatives) -> None:
     """Where a program has one more atom for padding, its edges add nothing."""
     plain = derivatives._motion(CLUSTER)

@@ -418,3 +418,103 @@ def test_a_file_cannot_bring_code_by_the_name_of_a_parameter() -> None:
     data = {"parameters": [["x=print(1)", {"tensor": 0}]], "result": {"tensor": 0}, "paths": ["x"]}
     with pytest.raises(PackageError, match="not a name"):
         Signature.from_json(data)
+
+
+class Parity(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] % 2 else x
+
+
+class Unequal(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y.mean(0) if x.shape[0] != y.shape[0] else x + y
+
+
+class Few(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 / min(x.shape[0], 1000)
+
+
+@pytest.mark.parametrize(("module", "told"), [(Parity(), "Mod"), (Unequal(), "Ne"), (Few(), "<= 1000")])
+def test_a_branch_on_sizes_is_refused(module: nn.Module, told: str) -> None:
+    inputs = [torch.rand(7, 3), torch.rand(5, 3)][: 1 + isinstance(module, Unequal)]
+    with pytest.raises(CaptureError, match=f"something else at other sizes.*{told}"):
+        fxpass.optimize(module, example_inputs=tuple(inputs))
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        x = x if mask is None else x * mask
+        return x if bias is None else x + bias
+
+
+@pytest.mark.parametrize("target", ["eager", "torchscript"])
+def test_arguments_keep_their_places(target: str) -> None:
+    module, x, bias = Masked(), torch.rand(7, 3), torch.rand(7, 3)
+    drop_in = fxpass.optimize(module, example_inputs=(x, None, bias), target=target, verify=False)
+    for found in (drop_in(x, None, bias), drop_in(x, bias=bias)):
+        assert torch.equal(found, x + bias)
+    with pytest.raises(Exception, match="mask is given"):
+        drop_in(x, bias)
+    with pytest.raises(Exception, match="bias is left out"):
+        drop_in(x)
+
+
+class Typed(nn.Module):
+    def forward(self, x: Tensor, k: Any = 0) -> Tensor:
+        return x + (1.0 if k is False else 0.0)
+
+
+def test_equal_constants_of_other_types_are_others() -> None:
+    x = torch.rand(7, 3)
+    drop_in = fxpass.optimize(Typed(), example_inputs=(x, False))
+    assert torch.equal(drop_in(x, False), x + 1)
+    for other in (0, 0.0, True, x[0, 0]):
+        with pytest.raises(ValueError, match="k is False"):
+            drop_in(x, other)
+
+
+def test_parts_in_training_mode_are_told() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)).eval()
+    module[0].train()
+    drop_in = fxpass.optimize(module, example_inputs=(torch.rand(7, 3),))
+    assert any("0 was in training mode" in warning for warning in drop_in.report.warnings)
+
+
+def test_the_example_stays_as_it_was() -> None:
+    x = torch.randn(7, 3)
+    before = x.clone()
+    drop_in = fxpass.optimize(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), example_inputs=(x,))
+    assert torch.equal(x, before) and drop_in.report.receipt.passed
+
+
+class Narrow(nn.Module):
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return torch.zeros_like(x).scatter_add(0, index.unsqueeze(-1), x)
+
+
+class Doubled(o3.Linear):
+    def forward(self, features: Tensor) -> Tensor:
+        return 2 * super().forward(features)
+
+
+def test_what_only_looks_like_a_sum_by_rows_or_like_a_known_module() -> None:
+    x, index = torch.rand(7, 3, dtype=torch.float64), torch.tensor([0, 0, 1, 2, 2, 5, 6])
+    assert torch.equal(fxpass.optimize(Narrow(), example_inputs=(x, index))(x, index), Narrow()(x, index))
+    module = Doubled("3x0e", "3x0e").double()
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):  # the code that e3nn 0.4.4 makes
+        with pytest.raises(UnsupportedModelError, match="TorchScript"):
+            fxpass.optimize(module, example_inputs=(x,), verify=False)
+    else:
+        drop_in = fxpass.optimize(module, example_inputs=(x,), verify=False)
+        torch.testing.assert_close(drop_in(x), module(x))
+
+
+def test_more_sizes_than_a_few_and_results_of_similar_names() -> None:
+    class Many(nn.Module):
+        def forward(self, xs: list[Tensor]) -> dict[str, Any]:
+            return {"a": {"b": sum(x.sum(0) for x in xs)}, "a_b": xs[0] * 2}
+
+    xs = [torch.rand(2 + k, 3) for k in range(13)]
+    found = fxpass.optimize(Many(), example_inputs=(xs,))(xs)
+    assert torch.equal(found["a_b"], xs[0] * 2) and found["a"]["b"].shape == (3,)

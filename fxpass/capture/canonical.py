@@ -59,7 +59,7 @@ def _gather(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
         x, indices = node.args[:2]
         if isinstance(indices, (list, tuple)) and len(indices) == 1 and _is_index(indices[0]):
             return ops.gather, (x, indices[0])
-    if node.target is aten.index_select.default and node.args[1] == 0:
+    if node.target is aten.index_select.default and node.args[1] == 0 and _is_index(node.args[2]):
         return ops.gather, (node.args[0], node.args[2])
     if node.target is aten.embedding.default and _is_index(node.args[1]):
         return ops.gather, node.args[:2]  # the rest of its arguments concern its derivative by the weights
@@ -101,9 +101,10 @@ def _scatter(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
         into, dim, index, source = node.args[:4]
     else:
         return None
-    index = _broadcast_index(index)
-    rows = source.meta["val"]  # type: ignore[union-attr]
-    if index is None or not _is_zeros(into) or dim not in (0, -rows.dim()):
+    rows, spread = source.meta["val"].shape, index.meta["val"].shape  # type: ignore[union-attr]
+    fits = into.meta["val"].shape[1:] == rows[1:] and (node.target is aten.index_add.default or spread == rows)  # type: ignore[union-attr]
+    index = _broadcast_index(index) if fits else None
+    if index is None or not _is_zeros(into) or dim not in (0, -len(rows)):
         return None
     zeros = into.args[0] if into.target is aten.zeros.default else into.args[1] if len(into.args) > 1 else None  # type: ignore[union-attr]
     if isinstance(zeros, (list, tuple)):

@@ -14,10 +14,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from .._torch_compat import size_expr
+from .._torch_compat import size_conditions, size_expr
 from ..errors import CaptureError, Location
 from ..ir.metadata import provenance
 from ..ir.program import Program, TensorSpec, ancestors
@@ -159,6 +160,7 @@ _PARTS = frozenset(
     {
         *(torch.ops.aten.select.int, torch.ops.aten.slice.Tensor, torch.ops.aten.view.default),
         *(torch.ops.aten.unbind.int, torch.ops.aten.alias.default, torch.ops.aten.detach.default, operator.getitem),
+        torch.ops.aten.clone.default,
     }
 )
 
@@ -205,8 +207,38 @@ def _trace_twice(function: Callable[..., Sequence[Tensor]], model: nn.Module, li
             f"tracing tied a size to a value: {'; '.join(frozen)}",
             hint="replace len(tensor), int(size) and branches on sizes in the model by tensor operations",
         )
+    if branches := _branches(program):
+        raise CaptureError(
+            f"the model does something else at other sizes; it was traced for {'; '.join(branches)}",
+            hint="replace branches on sizes in the model by tensor operations; fix the size, where it never changes",
+        )
     record_sources(program.graph)
     return program
+
+
+#: sizes that a trace has to hold for: even and odd, powers of two and primes, up to the large
+_TRIED = (24, 25, 64, 97, 1000, 1009, 4096, 99_991, 1_000_000)
+
+
+def _branches(program: Program) -> list[str]:
+    """Conditions of the trace that some sizes from ``_TRIED`` do not meet, alike or different.
+
+    Smaller sizes are left to the receipts: what a convolution or a mean needs at least is a condition too.
+    """
+    values = [node.meta["val"] for node in program.placeholders.values()]
+    names = size_names(program.inputs, values)
+    found = []
+    for condition in size_conditions(values):
+        symbols = sorted(condition.free_symbols, key=str)
+        alike = [dict.fromkeys(symbols, size) for size in _TRIED]
+        turned = [
+            {s: _TRIED[(k + step * j) % len(_TRIED)] for j, s in enumerate(symbols)}
+            for k in range(len(_TRIED))
+            for step in (1, 2, len(_TRIED) - 1)
+        ]
+        if any(condition.subs(sizes) == sympy.false for sizes in (*alike, *turned)):
+            found.append(str(condition.subs({s: sympy.Symbol(names.get(s, str(s))) for s in symbols})))
+    return list(dict.fromkeys(found))
 
 
 def _raised_by_us(error: Exception) -> bool:

@@ -397,13 +397,18 @@ def install(model: nn.Module, rules: Mapping[str, Rule]) -> nn.Module:
 def _install(module: nn.Module, rules: Mapping[str, Rule], path: str) -> nn.Module:
     for cls in type(module).__mro__:
         rule = rules.get(qualified(cls))
-        if rule is not None:
+        if rule is not None and _forward(type(module)) is _forward(cls):
             return rule(module, path)
     for name, child in module.named_children():
         new = _install(child, rules, f"{path}.{name}".lstrip("."))
         if new is not child:
             setattr(module, name, new)
     return module
+
+
+def _forward(cls: type) -> Any:
+    """What a rule of the class stands for: a subclass with a ``forward`` of its own is something else."""
+    return getattr(cls, "forward", None)
 
 
 def qualified(cls: type) -> str:

@@ -216,7 +216,7 @@ class Derivatives:
             UsageError: the program reads cubic tables, whose third derivatives are steps.
         """
         structure = _structure(structure)
-        u, v = (self._tensor(_directions(d, structure)[0]) for d in (first, second))
+        u, v = (self._tensor(_direction(d, structure)) for d in (first, second))
         motion = self._motion(structure)
         # of so few directions none is worth keeping anything for
         apply = self._product(3).prepared(motion.inputs, 0)
@@ -295,7 +295,7 @@ class Derivatives:
             UsageError: no such output; those that there are are listed.
         """
         structure = _structure(structure)
-        along = self._tensor(_directions(displacement, structure)[0])
+        along = self._tensor(_direction(displacement, structure))
         motion = self._motion(structure)
         (found,) = self._forward(of).prepared(motion.inputs, 0)(*motion.displaced(along))
         return _numpy(self._cut(of, found, motion))
@@ -487,6 +487,13 @@ def _directions(given: Any, structure: Structure) -> Floats:
         what = f"displacements {list(values.shape)}" + ("" if np.isfinite(values).all() else " that are not finite")
         raise UsageError(f"{what} do not move the {len(structure)} atoms of {structure.name}", hint="[atoms, 3]")
     return values.reshape(-1, len(structure), 3)
+
+
+def _direction(given: Any, structure: Structure) -> Floats:
+    """One displacement [atoms, 3]."""
+    if np.ndim(given) != 2:
+        raise UsageError(f"displacements {list(np.shape(given))} are not one of atoms", hint="[atoms, 3]")
+    return _directions(given, structure)[0]
 
 
 def _numpy(values: Tensor) -> Floats:

@@ -34,6 +34,7 @@ FUSED = "fold-linears,fuse-convolution,fuse-contraction,fold-constants,common-su
 WINDOW = 24  # nodes after which what is made again is made again once more, rather than held
 WIDE = 32  # columns of tensors worth making again rather than keeping
 TINY = 1e-30  # a scale in place of zero, far from both ends of float32
+LEAST = 1e-6  # what features of a row are taken to be where they vanish
 
 aten = torch.ops.aten
 #: made again for each direction rather than kept: they cost no more than to read what was kept
@@ -286,8 +287,9 @@ def _by_differences(graph: fx.Graph) -> None:
     """Derivatives of weighted polynomials along a direction become differences of values, in place.
 
     For p(t) = P(x + t d) of degree 2, p'(0) = (p(h) - p(-h)) / 2h at any h; of degree 4, (8 (p(h) - p(-h)) -
-    (p(2h) - p(-2h))) / 12h.  With h = |x| / |d| in each row and channel rounding is that of the values.  These have
-    kernels, and no table of all monomials.
+    (p(2h) - p(-2h))) / 12h.  With h = |x| / |d| in each row and channel rounding is that of the values; no less
+    than a thousandth of the row, as constant terms of gradients cancel.  These have kernels, and no table of all
+    monomials.
     """
     points: dict[tuple[fx.Node, fx.Node], _Line] = {}
     for node in list(graph.find_nodes(op="call_function", target=polynomial)):
@@ -309,8 +311,11 @@ class _Line:
 
     def __init__(self, graph: fx.Graph, x: fx.Node, d: fx.Node) -> None:
         self.call = graph.call_function
-        sizes = [self.call(aten.amax.default, (self.call(aten.abs.default, (v,)), [-1], True)) for v in (x, d)]
-        self.h = self.call(aten.div.Tensor, tuple(self.call(aten.clamp_min.default, (v, TINY)) for v in sizes))
+        here, there = (self.call(aten.amax.default, (self.call(aten.abs.default, (v,)), [-1], True)) for v in (x, d))
+        row = self.call(aten.clamp_min.default, (self.call(aten.amax.default, (here, [-2], True)), LEAST))
+        here = self.call(aten.maximum.default, (here, self.call(aten.mul.Tensor, (row, 1e-3))))
+        there = self.call(aten.clamp_min.default, (there, TINY))
+        self.h = self.call(aten.div.Tensor, (here, there))
         step = self.call(aten.mul.Tensor, (d, self.h))
         twice = self.call(aten.mul.Tensor, (step, 2.0))
         self.pairs = [

@@ -144,9 +144,13 @@ class DeepmdInterface(nn.Module):
 
         Raises:
             RuntimeError: fparam, aparam or charge_spin for a model that has none; a type that the model does not know;
-                atomic virials of a model with message passing; an edge shorter than the programs were made for.
+                atomic virials of a model with message passing; an edge shorter than the programs were made for;
+                positions or cell vectors that are not finite.
         """
         self._refuse(fparam, aparam, charge_spin, do_atomic_virial, atype)
+        if not bool(torch.isfinite(coord).all()) or (box is not None and not bool(torch.isfinite(box).all())):
+            raise RuntimeError("fxpass: positions or cell vectors are not finite")
+        atype = atype.to(torch.int64)
         frames, atoms = atype.size(0), atype.size(1)
         given = coord.view(frames, atoms, 3)
         positions = given.to(torch.float64)
@@ -215,6 +219,9 @@ class DeepmdInterface(nn.Module):
             RuntimeError: as in ``forward``; more than one frame; parallel message passing (``comm_dict``).
         """
         self._refuse(fparam, aparam, charge_spin, do_atomic_virial, extended_atype)
+        if not bool(torch.isfinite(extended_coord).all()):
+            raise RuntimeError("fxpass: positions are not finite")
+        extended_atype = extended_atype.to(torch.int64)
         if extended_atype.size(0) != 1:
             raise RuntimeError("fxpass: forward_lower takes one frame")
         if self.message_passing and (comm_dict is not None or mapping is None):

@@ -5,6 +5,8 @@ Each raises ``ValueError`` that names the argument, so that a wrong one is told 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,10 +41,35 @@ def absent(x: Tensor | None, path: str) -> None:
         raise ValueError(f"{path} is given, but this module was compiled without it: give it in example_inputs")
 
 
-def constant(same: bool, told: str) -> None:
-    """Refuses another value of what is no tensor."""
-    if not same:
+def present(x: Tensor | None, path: str) -> Tensor:
+    """Refuses to leave out an argument that the example gave."""
+    if x is None:
+        raise ValueError(f"{path} is left out, but this module was compiled with it")
+    return x
+
+
+def _bool(x: bool, value: bool, told: str) -> None:
+    if not isinstance(x, bool) or x != value:
         raise ValueError(told)
+
+
+def _int(x: int, value: int, told: str) -> None:
+    if isinstance(x, bool) or not isinstance(x, int) or x != value:
+        raise ValueError(told)
+
+
+def _float(x: float, value: float, told: str) -> None:
+    if not isinstance(x, float) or (x != value and (x == x or value == value)):
+        raise ValueError(told)
+
+
+def _str(x: str, value: str, told: str) -> None:
+    if not isinstance(x, str) or x != value:
+        raise ValueError(told)
+
+
+#: what refuses another value of what is no tensor, or one of another type: 1, 1.0 and True are equal
+CONSTANT: dict[type, Callable[..., None]] = {bool: _bool, int: _int, float: _float, str: _str}
 
 
 def length(found: int, expected: int, path: str) -> None:

@@ -79,7 +79,7 @@ class Example:
             UsageError: it returns tensors in other places than for the example.
         """
         found: list[tuple[str, Tensor]] = []
-        args, kwargs = self.signature.arguments(tensors)
+        args, kwargs = self.signature.arguments([t.clone() for t in tensors])  # it may write to them
         tree = flatten(module(*args, **kwargs), "result", found)
         if not same_shape(tree, self.signature.result):
             raise UsageError("the module returns another structure for other inputs", hint="one structure for all")
@@ -131,7 +131,7 @@ def read_example(module: nn.Module, given: Any, dynamic: Dynamic | None = None) 
     if isinstance(given, Example):
         return given
     found, named = parameters(module, given)
-    paths, tensors = [path for path, _ in named], tuple(value.detach() for _, value in named)
+    paths, tensors = [path for path, _ in named], tuple(value.detach().clone() for _, value in named)
     names: list[str] = []
     for path in paths:
         name = re.sub(r"\W", "_", path)
@@ -143,7 +143,7 @@ def read_example(module: nn.Module, given: Any, dynamic: Dynamic | None = None) 
     arguments = Signature(found, {"constant": None}, tuple(paths))
     try:
         with torch.no_grad():
-            args, kwargs = arguments.arguments(tensors)
+            args, kwargs = arguments.arguments([t.clone() for t in tensors])  # it may write to them
             returned = module(*args, **kwargs)
     except Exception as error:  # the module is foreign code, which may raise anything
         raise UnsupportedModelError(
@@ -154,8 +154,10 @@ def read_example(module: nn.Module, given: Any, dynamic: Dynamic | None = None) 
     result = flatten(returned, "result", results)
     if not results:
         raise UnsupportedModelError("the module returns no tensor", where=Location(source=type(module).__qualname__))
-    outputs = tuple(re.sub(r"\W", "_", path) for path, _ in results)
-    example = Example(replace(arguments, result=result), specs, tensors, outputs)
+    outputs: list[str] = []
+    for path, _ in results:
+        outputs.append(fresh(re.sub(r"\W", "_", path), lambda taken: taken in outputs))
+    example = Example(replace(arguments, result=result), specs, tensors, tuple(outputs))
     return _settled(example, module, set(dynamic or {}))
 
 

@@ -79,7 +79,7 @@ class FunctionJudge:
         """How far results of ``dtype`` may be off."""
         if dtype == torch.float64 and self._rounded():
             return ROUNDED
-        return BOUNDS.get(dtype, COARSE)
+        return BOUNDS.get(dtype if dtype.is_floating_point else dtype.to_real(), COARSE)
 
     def _rounded(self) -> bool:
         """Whether all numbers of a float64 module are numbers of float32."""

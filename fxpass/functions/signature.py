@@ -62,10 +62,11 @@ class Signature:
         """The arguments by place and by name that are made of ``tensors``; what has a default is left out."""
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
+        skipped = False
         for name, tree in self.parameters:
             if "default" in tree:
-                continue
-            if "keyword" in tree:
+                skipped = True
+            elif "keyword" in tree or skipped:
                 kwargs[name] = unflatten(tree, tensors)
             else:
                 args.append(unflatten(tree, tensors))
@@ -150,27 +151,28 @@ def parameters(module: nn.Module, example: Any) -> tuple[tuple[tuple[str, Tree],
         raise UsageError(f"example_inputs do not fit forward{signature}: {error}") from error
     tensors: list[tuple[str, Tensor]] = []
     found: list[tuple[str, Tree]] = []
-    by_name: Tree = {}  # behind an argument that is left out
     for name, parameter in signature.parameters.items():
         if name in bound.arguments:
             given = bound.arguments[name]
         elif parameter.default is not parameter.empty and type(parameter.default) in CONSTANTS:
             given = parameter.default
-        else:  # nothing is lost by leaving it out
-            by_name = {"keyword": True}
+        else:  # its default is no constant, and stays the module's own: calls that give it are refused
+            found.append((name, {"constant": None, "default": True}))
             continue
         if parameter.kind is parameter.VAR_POSITIONAL:
+            for _, before in found:  # all of them are given
+                before.pop("default", None)
             found += [(f"{name}_{k}", flatten(item, f"{name}_{k}", tensors)) for k, item in enumerate(given)]
         elif parameter.kind is parameter.VAR_KEYWORD:
             found += [(key, {**flatten(item, key, tensors), "keyword": True}) for key, item in given.items()]
         else:
             tree = flatten(given, name, tensors)
-            if parameter.default is not parameter.empty and parameter.default == tree.get("constant", ...):
+            constant = tree.get("constant", ...)
+            if type(parameter.default) is type(constant) and parameter.default == constant:
                 tree["default"] = True
-                by_name = {"keyword": True}
             elif parameter.kind is parameter.KEYWORD_ONLY:
                 tree["keyword"] = True
-            found.append((name, {**tree, **by_name}))
+            found.append((name, tree))
     if not tensors:
         raise UsageError("example_inputs hold no tensor", hint="at least one, as real ones are")
     return tuple(found), tensors
@@ -184,13 +186,15 @@ def interface(program: nn.Module, signature: Signature, inputs: Sequence[TensorS
     graph, root = fx.Graph(), nn.Module()
     root.add_module("program", program)
     tensors: dict[int, fx.Node] = {}
-    required = [(name, tree) for name, tree in signature.parameters if "default" not in tree]
-    optional = [(name, tree) for name, tree in signature.parameters if "default" in tree]
-    nodes = []
-    for name, tree in (*required, *optional):
-        default = tree["constant"] if "default" in tree else inspect.Parameter.empty
-        nodes.append((name, tree, graph.placeholder(name, _annotation(tree), default)))
+    nodes, optional = [], False  # behind one that may be left out all have a default, as in any function
+    for name, tree in signature.parameters:
+        optional = optional or "default" in tree
+        default = tree.get("constant") if optional else inspect.Parameter.empty
+        kind = _annotation(tree) | None if optional and "tensor" in tree else _annotation(tree)
+        nodes.append((name, tree, graph.placeholder(name, kind, default)))
     for name, tree, node in nodes:
+        if node.args and "tensor" in tree:
+            node = graph.call_function(checks.present, (node, name))
         _unpack(graph, node, tree, name, tensors)
     flat = _checked(graph, [tensors[k] for k in range(len(inputs))], inputs, signature.paths)
     results = graph.call_module("program", tuple(flat))
@@ -221,7 +225,7 @@ def _unpack(graph: fx.Graph, node: fx.Node, tree: Tree, path: str, tensors: dict
             graph.call_function(checks.absent, (node, path))
         else:
             told = f"{path} is {value!r} in this compiled module, and cannot be another value"
-            graph.call_function(checks.constant, (graph.call_function(operator.eq, (node, value)), told))
+            graph.call_function(checks.CONSTANT[type(value)], (node, value, told))
     elif "dict" in tree:
         keys = list(tree["dict"])
         graph.call_function(checks.keys, (node, keys, path))

@@ -26,7 +26,7 @@ from .semantic import tensors
 #: prime hints that collide with no model dimension
 SIZES = {"atoms": 1009, "edges": 4177, "graphs": 211}
 OTHER_SIZES = {"atoms": 1013, "edges": 4201, "graphs": 223}
-_PRIMES = (307, 311, 313, 317, 331, 337, 347, 349, 353, 359, 367, 373, 379, 383, 389, 397, 401, 409, 419, 421)
+_PRIMES = tuple(sympy.primerange(307, 2000))
 
 
 def sizes_of(inputs: Sequence[TensorSpec], known: Mapping[str, int] = SIZES) -> dict[str, int]:
