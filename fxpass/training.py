@@ -8,20 +8,24 @@ its ops are the semantic ones, derivatives too, so kernels run them.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .api import open_model
+from .capture.capture import copy_model
 from .errors import CaptureError, Location, UnsupportedModelError, UsageError
-from .frontends.base import Frontend, dtype_of
+from .frontends.base import Frontend
 from .ir.guards import lower_guards
 from .ir.program import Program, TensorSpec, ancestors
 from .ir.tracing import Replay, constants_of, trace_program
@@ -59,65 +63,88 @@ class Trainable(nn.Module):
         original: the model.
         interface: the family's own ``forward`` over the programs.
         energy, forces: the programs; parameters are inputs after the family's own.
+        constants: what else of the original's state the programs were made of, by name.
     """
+
+    original: nn.Module
+    interface: nn.Module
+    energy: Program
+    forces: Program
+    constants: dict[str, Tensor]
 
     def __init__(self, original: nn.Module, interface: nn.Module, energy: Differentiable, forces: Differentiable):
         super().__init__()
-        self.original = original
-        self.interface = interface
+        held = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        self.__dict__.update({name: getattr(original, name) for name in held})  # a parent sees the original's names
+        self.__dict__.update(original=original, interface=interface, training=original.training)
         self.energy, self.forces = energy.program, forces.program
-        self.buffers_made_of = _versions(original)
-        self.training = original.training
+        self.constants = {n: t.detach().clone() for n, t in _fixed(original, {*energy.names, *forces.names}).items()}
         interface.train(original.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's.
 
         Raises:
-            UsageError: buffers of the original, which are constants of the program, have changed since it was made.
+            UsageError: what is a constant of the program has changed since it was made: a buffer of the original, or
+                a frozen parameter that is no input of the program.
         """
-        if _versions(self.original) != self.buffers_made_of:
-            raise UsageError(
-                "buffers of this model have changed, or its type or device has, since its programs were made",
-                hint="fxpass.trainable(model) once more",
-            )
+        self._check()
         given = [*_tensors(args), *_tensors(kwargs.values())]
-        token = _BY_INPUTS.set(any(t.requires_grad for t in given))
+        bound = inspect.signature(self.interface.forward).bind(*args, **kwargs).arguments
+        token = _BY_INPUTS.set(bool(bound.get("compute_hessian")) or any(t.requires_grad for t in given))
         try:
             return self.interface(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
         finally:
             _BY_INPUTS.reset(token)
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        original = self.__dict__.get("original")
+        if original is None or name.startswith("__"):  # half a copy, and what classes have
             return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("original"), name)
+        return getattr(original, name)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The original's parameters."""
-        return self.original.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """The original's buffers."""
-        return self.original.named_buffers(*args, **kwargs)
+    def train(self, mode: bool = True) -> Trainable:
+        """Put the original, and this, in training or evaluation mode."""
+        self.original.train(mode)
+        self.interface.train(mode)
+        self.training = mode
+        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original's state."""
         return self.original.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load parameters into the original; buffers, which are constants of the program, must stay what they are.
+        """Load parameters into the original; what is a constant of the program must be what it was made of.
 
         Raises:
-            UsageError: a buffer differs; nothing was loaded.
+            UsageError: a constant differs; nothing was loaded.
         """
-        for name, buffer in self.original.named_buffers():
-            if name in state_dict and not torch.equal(state_dict[name].to(buffer), buffer):
-                raise UsageError(f"the buffer {name} differs", hint="load into the original and make it trainable anew")
-        done = self.original.load_state_dict(state_dict, *args, **kwargs)
-        self.buffers_made_of = _versions(self.original)
-        return done
+        self._check_state(state_dict, "")
+        return self.original.load_state_dict(state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self._check_state(state_dict, prefix)
+        self.original._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        for name, constant in self.constants.items():
+            if prefix + name in state and not _same(state[prefix + name].to(constant), constant):
+                raise UsageError(
+                    f"{name} is a constant of this model's programs, and differs from what they were made of",
+                    hint="load into the original and make it trainable anew",
+                )
+
+    def _check(self) -> None:
+        now = dict(_named(self.original))
+        for name, constant in self.constants.items():
+            found = now.get(name)
+            if found is None or found.requires_grad or not _same(found, constant):
+                raise UsageError(
+                    f"{name} is a constant of this model's programs, and it has changed since they were made, "
+                    "or requires a gradient",
+                    hint="fxpass.trainable(model) once more",
+                )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Trainable:
         old = next(self.original.parameters())
@@ -139,15 +166,24 @@ def trainable(model: nn.Module | str | Path) -> Trainable:
 
     Raises:
         UsageError, UnsupportedModelError, CaptureError: as for :func:`fxpass.optimize`; also a model that computes
-            something else in training (dropout, batch normalisation), or with a parameter that the program lost.
+            something else in training (dropout, batch normalisation), one without parameters or with parametrised ones,
+            or with a parameter that the program lost.
     """
     model, frontend = open_model(model)
+    if not any(p.numel() for p in model.parameters()):
+        raise UsageError("this model has no parameters to train", hint="fxpass.optimize(model)")
     for path, module in model.named_modules():
         if any(word in type(module).__name__ for word in MODAL) and getattr(module, "p", True):
             raise UnsupportedModelError(
                 f"{type(module).__name__} computes something else in training than in evaluation",
                 where=Location(module_path=path),
                 hint="train the original",
+            )
+        if is_parametrized(module):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} computes its parameters from others",
+                where=Location(module_path=path),
+                hint="torch.nn.utils.parametrize.remove_parametrizations, and then fxpass.trainable(model)",
             )
     registry = default_registry()
     with torch.inference_mode(False), torch.enable_grad():
@@ -197,14 +233,18 @@ def _attached(program: Program) -> Program:
 
 
 def _check_lost(model: nn.Module, frontend: Frontend, facts: Mapping[str, Any], kept: set[str]) -> None:
-    """Refuse parameters that are no inputs of the program and yet change what the model computes."""
-    lost = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n not in kept and p.numel()]
+    """Refuse parameters that are no inputs of the program and yet change what the model computes.
+
+    Frozen ones may: see ``Trainable.constants``.
+    """
+    replica = copy_model(model)
+    lost = [(n, p) for n, p in replica.named_parameters() if p.requires_grad and n not in kept and p.numel()]
     if not lost:
         return
     probes = probes_of(facts)
 
     def values() -> list[float]:
-        found = [frontend.evaluate(model, probe) for probe in probes]
+        found = [frontend.evaluate(replica, probe) for probe in probes]
         return [v for each in found for v in (each.energy, *each.forces.flatten())]
 
     before = values()
@@ -214,7 +254,7 @@ def _check_lost(model: nn.Module, frontend: Frontend, facts: Mapping[str, Any], 
             parameter.add_(0.25)
             after = values()
             parameter.copy_(old)
-        if before != after:
+        if not np.array_equal(before, after, equal_nan=True):
             raise CaptureError(
                 f"the parameter {name} changes what the model computes, but is no parameter of the captured program",
                 hint="requires_grad_(False) for it, if it need not be trained, and then fxpass.trainable(model)",
@@ -255,7 +295,13 @@ class Differentiable(nn.Module):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         if not _BY_INPUTS.get():
             inputs = tuple(t.detach() for t in inputs)
-        parameters = [self.of[0].get_parameter(name) for name in self.names]
+        try:
+            parameters = [self.of[0].get_parameter(name) for name in self.names]
+        except AttributeError as error:
+            raise UsageError(
+                f"a parameter of this model is gone since its programs were made: {error}",
+                hint="fxpass.trainable(model) once more",
+            ) from error
         given = (*inputs, *parameters)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
             with torch.no_grad(), self.kernels:
@@ -285,10 +331,12 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         inputs, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        wanted = [t for t, need in zip(inputs, ctx.needs, strict=True) if need]
         if torch.is_grad_enabled():  # the gradients are differentiated too: op by op, to any order
             with ctx.owner.kernels:
-                made = ctx.owner.plain(*inputs)
+                # one input may be made from another: aliases have no history but their own
+                aliases = [t.view_as(t) if need else t for t, need in zip(inputs, ctx.needs, strict=True)]
+                wanted = [t for t, need in zip(aliases, ctx.needs, strict=True) if need]
+                made = ctx.owner.plain(*aliases)
                 pairs = [(o, g) for o, g in zip(made, cotangents, strict=True) if o.requires_grad]
                 found = torch.autograd.grad(
                     [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
@@ -311,9 +359,11 @@ def _joint(program: Program, needs: Sequence[bool]) -> Program:
         inputs, incoming = given[:count], given[count:]
         values = Replay(program, made_by="trainable").run(*inputs)
         pairs = [(v, c) for v, c in zip(values, incoming, strict=True) if v.requires_grad]
-        total, towards = zip(*pairs, strict=True)
         by = [inputs[k] for k in wanted]
-        found = torch.autograd.grad(total, by, towards, materialize_grads=True)
+        found: Sequence[Tensor] = [torch.zeros_like(t) for t in by]
+        if pairs:  # otherwise no output depends on them
+            total, towards = zip(*pairs, strict=True)
+            found = torch.autograd.grad(total, by, towards, materialize_grads=True)
         return [*(v.detach() for v in values), *found]
 
     joint, frozen = trace_program(
@@ -415,8 +465,19 @@ def _own(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and not value.requires_grad else value
 
 
-def _versions(model: nn.Module) -> list[Any]:
-    """Changes when a buffer is exchanged or written to, or the type or device of the model changes."""
-    parameter = next(model.parameters())
-    buffers = [(id(b), b._version) for b in model.buffers() if not b.is_inference()]
-    return [parameter.dtype, parameter.device, dtype_of(model), *buffers]
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_buffers(remove_duplicate=False)
+    yield from model.named_parameters()
+
+
+def _fixed(model: nn.Module, inputs: Collection[str]) -> dict[str, Tensor]:
+    """Buffers, and frozen parameters that are not among the inputs of programs."""
+    parameters = {n for n, p in model.named_parameters() if n in inputs or p.requires_grad}
+    return {name: value for name, value in _named(model) if name not in parameters and value.numel()}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether type, place and values are the same; by value, since writes need leave no trace."""
+    if (one.dtype, one.device, one.shape) != (other.dtype, other.device, other.shape):
+        return False
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,26 @@ def test_copies_build_their_own() -> None:
     with again:
         assert torch.equal(twin(*given), expected)
     assert again.calls == kernels.calls and again.sources == kernels.sources
+
+
+def test_blocks_of_threads_are_their_own() -> None:
+    """One object, entered by two threads that leave it in the order in which they came."""
+    kernels, args = Kernels(), call({})
+    both, left = threading.Barrier(2, timeout=60), threading.Event()
+
+    def block(first: bool) -> None:
+        with kernels:
+            both.wait()
+            if not first:
+                assert left.wait(60)
+            convolution(*args)
+        if first:
+            left.set()
+        convolution(*args)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(block, (True, False)))
+    assert sum(kernels.calls.values()) == 2
 
 
 def test_ops_agree_with_their_registrations(tmp_path: Path) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fxpass
-from fxpass.errors import UnsupportedModelError, UsageError
+from fxpass.errors import CaptureError, UnsupportedModelError, UsageError
 from fxpass.ir.convolution import convolution_gradient, rows_by
 from fxpass.ir.program import Program
 from fxpass.kernels.dispatch import Kernels
 from fxpass.models import collate, small_potential
 from fxpass.structures import Structure, neighbour_list, probe_structures
-from fxpass.training import Differentiable, Trainable, trainable
+from fxpass.training import Differentiable, Trainable, trainable, with_parameters
 from variants import chosen
 
 F64 = torch.float64
@@ -192,6 +195,83 @@ def test_kernels_run_forward_and_backward(model: Any, trained: Trainable) -> Non
     assert not any("tensor_product" in name and "conv" in name for name in names)
 
 
+# --- what a caller may do with it besides
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_inputs_that_depend_on_each_other(model: Any, trained: Trainable, differentiated: bool) -> None:
+    """Shifts are made from the cell: what a strain does to the energy is counted once."""
+    base = collate(probes(model)[:1], model.atomic_numbers.tolist(), model.cutoff, F64, neighbour_list)
+    units = base["shifts"] @ torch.linalg.inv(base["cell"][0])
+    found = []
+    for each in (model, trained):
+        strain = torch.zeros(3, 3, dtype=F64, requires_grad=True)
+        data = {name: base[name] @ (torch.eye(3, dtype=F64) + strain) for name in ("positions", "cell")}
+        data = {**base, **data, "shifts": units @ data["cell"][0]}
+        energy = each(data, training=True, compute_forces=False)["energy"].sum()
+        found.append(torch.autograd.grad(energy, strain, create_graph=differentiated)[0].detach())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.once
+def test_a_parameter_of_two_modules(model: Any) -> None:
+    mine = copy.deepcopy(model)
+    ours, call = trainable(mine), on(probes(mine)[:1], mine)
+    mine.layers[1].radial.layer0.weight = weight = mine.layers[0].radial.layer0.weight
+    for differentiated in (False, True):
+        one, other = (
+            torch.autograd.grad(loss(call(f), ["energy", "forces"]), weight, create_graph=differentiated)[0].detach()
+            for f in (ours, mine)
+        )
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.once
+def test_copies_and_pickles(model: Any) -> None:
+    """Each is a model of its own, that trains alike."""
+    ours, call, keys = trainable(copy.deepcopy(model)), on(probes(model), model), ["energy", "forces"]
+    expected = gradients(ours, call, keys)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for again in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
+        assert dict(again.named_parameters())["readout.weight"] is again.original.readout.weight
+        assert again.original is not ours.original
+        agree(gradients(again, call, keys), expected)
+        with torch.no_grad():
+            again.original.readout.weight.mul_(2)
+        assert not torch.allclose(call(again)["forces"], call(ours)["forces"])
+
+
+@pytest.mark.once
+def test_inside_another_module(model: Any, trained: Trainable) -> None:
+    ours, theirs = (nn.ModuleDict({"model": each}) for each in (copy.deepcopy(trained), copy.deepcopy(model)))
+    for names in (lambda m: m.state_dict().keys(), lambda m: dict(m.named_parameters()).keys()):
+        assert names(ours) == names(theirs)
+    assert dict(ours.named_buffers()).keys() == dict(theirs.named_buffers()).keys()
+    with torch.no_grad():
+        theirs["model"].readout.weight.mul_(2)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours["model"].original.readout.weight, theirs["model"].readout.weight)
+    call = on(probes(model)[:1], model)
+    torch.testing.assert_close(call(ours["model"])["forces"], call(theirs["model"])["forces"], rtol=1e-9, atol=1e-9)
+    state = theirs.state_dict()
+    state["model.atomic_energies"] = state["model.atomic_energies"] + 1
+    with pytest.raises(UsageError, match="atomic_energies"):
+        ours.load_state_dict(state)
+    assert not ours.eval()["model"].original.training and ours.train()["model"].interface.training
+
+
+@pytest.mark.once
+def test_threads_share_one(model: Any, trained: Trainable) -> None:
+    call = on(probes(model)[:1], model)
+    expected = call(trained)["energy"].detach()  # traced once, before
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: call(trained)["energy"].detach(), range(12)):
+            assert torch.equal(found, expected)
+
+
 # --- families: each one's own model, data and results
 
 
@@ -230,6 +310,16 @@ def test_mace(name: str) -> None:
     ours = compare_family(model, mace_call(model, False), ["energy", "forces"])
     call, keys = mace_call(model, True, compute_stress=True), ["energy", "forces", "stress"]
     agree(gradients(ours, call, keys), gradients(model, call, keys))
+
+
+@pytest.mark.mace
+def test_hessians_of_mace() -> None:
+    from mace_models import build
+
+    model = build(layers=1, correlation=2, hidden="4x0e")
+    call = mace_call(model, False, compute_hessian=True)
+    found, expected = (call(each)["hessian"] for each in (trainable(model), model))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.mace
@@ -332,8 +422,90 @@ def test_another_type_and_changed_buffers(model: Any) -> None:
     with pytest.raises(UsageError, match="atomic_energies"):
         ours.load_state_dict(state)
     mine.atomic_energies += 1
-    with pytest.raises(UsageError, match="buffers"):
+    with pytest.raises(UsageError, match="atomic_energies"):
         on(probes(mine), mine)(ours)
+
+
+@pytest.mark.once
+def test_changed_buffers_whatever_changed_them(model: Any) -> None:
+    mine = copy.deepcopy(model)
+    ours, call = trainable(mine), on(probes(mine)[:1], mine)
+    before, energy = copy.deepcopy(mine.state_dict()), call(ours)["energy"]
+
+    def load() -> None:
+        mine.load_state_dict({**before, "atomic_energies": before["atomic_energies"] + 1})
+
+    def write() -> None:
+        mine.atomic_energies.data.add_(1)
+
+    def exchange() -> None:
+        mine.atomic_energies = mine.atomic_energies + 1
+
+    for change in (load, write, exchange):
+        change()
+        with pytest.raises(UsageError, match="atomic_energies"):
+            call(ours)
+        with pytest.raises(UsageError, match="atomic_energies"):
+            ours.load_state_dict(mine.state_dict())
+        ours.load_state_dict(before)
+        assert torch.equal(call(ours)["energy"], energy)
+
+
+@pytest.mark.once
+def test_frozen_parameters_that_are_constants(model: Any) -> None:
+    """No input of the program, like SevenNet's denominators that are not trained: it may be folded into anything."""
+    mine = copy.deepcopy(model)
+    mine.extra = nn.Parameter(torch.ones(2, dtype=F64), requires_grad=False)
+    ours, call = trainable(mine), on(probes(mine)[:1], mine)
+    call(ours)
+    mine.extra.requires_grad_()
+    with pytest.raises(UsageError, match="extra"):
+        call(ours)
+    mine.extra.requires_grad_(False)
+    with pytest.raises(UsageError, match="extra"):
+        ours.load_state_dict({**mine.state_dict(), "extra": torch.zeros(2, dtype=F64)})
+    with torch.no_grad():
+        mine.extra.mul_(2)
+    with pytest.raises(UsageError, match="extra"):
+        call(ours)
+
+
+@pytest.mark.once
+def test_parameters_that_the_program_lost(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found out on a copy: nothing is written to the caller's."""
+
+    def losing(program: Program) -> tuple[Program, dict[str, str]]:
+        program, names = with_parameters(program)
+        return program, {ours: theirs for ours, theirs in names.items() if theirs != "readout.weight"}
+
+    monkeypatch.setattr("fxpass.training.with_parameters", losing)
+    before = model.readout.weight._version
+    with pytest.raises(CaptureError, match=r"readout\.weight"):
+        trainable(model)
+    assert model.readout.weight._version == before
+
+
+@pytest.mark.once
+def test_parameters_that_are_gone(model: Any) -> None:
+    mine = copy.deepcopy(model)
+    ours = trainable(mine)
+    parametrize.register_parametrization(mine.readout, "weight", nn.Tanh())
+    with pytest.raises(UsageError, match="gone"):
+        on(probes(mine)[:1], mine)(ours)
+    with pytest.raises(UnsupportedModelError, match="readout"):
+        trainable(mine)
+
+
+@pytest.mark.once
+def test_a_model_without_parameters(model: Any) -> None:
+    mine = copy.deepcopy(model)
+    for module in mine.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+    with pytest.raises(UsageError, match="no parameters"):
+        trainable(mine)
 
 
 @pytest.mark.once
@@ -365,6 +537,23 @@ def test_second_derivatives_of_a_convolution_with_weights() -> None:
         assert torch.autograd.gradcheck(first, given)
         assert torch.autograd.gradgradcheck(first, given, atol=1e-4)
         assert not kernels.fallbacks
+
+
+# --- programs
+
+
+@pytest.mark.once
+def test_a_parameter_that_nothing_depends_on() -> None:
+    from fxpass.ir.program import TensorSpec
+    from fxpass.ir.tracing import trace_program
+
+    inputs = (TensorSpec("x", ("atoms", 3), F64), TensorSpec("weight", (2,), F64))
+    output = (TensorSpec("energy", ("atoms",), F64),)
+    program = trace_program(lambda x, weight: [x.square().sum(1)], inputs, output, {}, stage="energy")[0]
+    owner = nn.Module()
+    owner.weight = nn.Parameter(torch.ones(2, dtype=F64))
+    (energy,) = Differentiable(program, owner, ("weight",))(torch.ones(4, 3, dtype=F64))
+    assert torch.equal(torch.autograd.grad(energy.sum(), owner.weight)[0], torch.zeros(2, dtype=F64))
 
 
 # --- fuse-contraction{live=true}

@@ -9,9 +9,10 @@ it, other threads keep what they had, and the end of the block leaves nothing be
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,14 @@ class Kernels:
         self._limit, self._folder = limit, folder
         self._compiler = find_compiler(folder=folder)
         self._kept: dict[tuple[Any, ...], Found] = {}
-        self._tokens: list[Token[Kernels | None]] = []
+        self._lock = threading.RLock()  # making a kernel may call ops
 
     def __enter__(self) -> Kernels:
-        self._tokens.append(_ACTIVE.set(self))
+        _ACTIVE.set((*_ACTIVE.get(), self))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _ACTIVE.reset(self._tokens.pop())
+        _ACTIVE.set(_ACTIVE.get()[:-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, deep ones too, have the same constants and no kernels yet: their libraries are on disk."""
@@ -83,12 +84,14 @@ class Kernels:
         Raises:
             KernelError, UsageError: an index names a row that there is not.
         """
-        found = misfit(op, args) or self._found(op, args)
-        if isinstance(found, str):
-            self.fallbacks[ops.SEMANTIC[op].name, found] += 1
-            return reference(*args)
-        name, function = found
-        self.calls[name] += 1
+        with self._lock:
+            found = misfit(op, args) or self._found(op, args)
+            if isinstance(found, str):
+                self.fallbacks[ops.SEMANTIC[op].name, found] += 1
+                function = reference
+            else:
+                name, function = found
+                self.calls[name] += 1
         return function(*args)
 
     def _found(self, op: Any, args: Sequence[Any]) -> Found:
@@ -118,7 +121,8 @@ class Kernels:
         return name, choice.bind(library)
 
 
-_ACTIVE: ContextVar[Kernels | None] = ContextVar("fxpass_kernels", default=None)
+#: kernels of the blocks around, the innermost last
+_ACTIVE: ContextVar[tuple[Kernels, ...]] = ContextVar("fxpass_kernels", default=())
 
 
 def _static(argument: Any) -> Any:
@@ -158,8 +162,8 @@ def _register(op: Any) -> None:
     reference = owned(ops.SEMANTIC[op].reference)
 
     def run(*args: Any) -> Any:
-        kernels = _ACTIVE.get()
-        return reference(*args) if kernels is None else kernels.call(op, args, reference)
+        active = _ACTIVE.get()
+        return active[-1].call(op, args, reference) if active else reference(*args)
 
     torch.library.impl(op.name(), "CPU", run)
 
