@@ -430,7 +430,7 @@ def test_sevennet() -> None:
 
 
 @pytest.mark.schnetpack
-@pytest.mark.slow
+@pytest.mark.long
 def test_painn() -> None:
     from test_schnetpack import VARIANTS, build, structures
 
