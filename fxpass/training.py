@@ -77,8 +77,9 @@ class Trainable(nn.Module):
         held = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         self.__dict__.update({name: getattr(original, name) for name in held})  # a parent sees the original's names
         self.__dict__.update(original=original, interface=interface, training=original.training)
-        self.energy, self.forces = energy.program, forces.program
-        self.constants = {n: t.detach().clone() for n, t in _fixed(original, {*energy.names, *forces.names}).items()}
+        constants = {n: t.detach().clone() for n, t in _fixed(original, {*energy.names, *forces.names}).items()}
+        # beside the original's parts, some of which may have these names
+        self.__dict__.update(energy=energy.program, forces=forces.program, constants=constants)
         interface.train(original.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
