@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -105,17 +105,25 @@ class Judge:
             interface = lower(fit, self.eager, self.frontend, self.facts)
             return self.receipt(interface, program, suspects).passed
 
-        if not is_good(captured):
-            guilty, blame = None, "the capture"
-        else:
-            found = bisect(captured, passes, is_good, check=verify)
-            guilty = None if found is None else found.name
-            blame = "the lowering" if found is None else f"the pass {found.name}"
-        return VerificationError(
-            f"the result is outside its tolerance and is not returned; {blame} is to blame. {receipt.summary()}",
-            where=Location(pass_name=guilty),
-            hint="the pipeline without it, a wider budget=, or fxpass inspect to look at the graph",
-        )
+        hint = "the pipeline without it, a wider budget=, or fxpass inspect to look at the graph"
+        return blamed(receipt, captured, passes, is_good, hint)
+
+
+def blamed(
+    receipt: Receipt, captured: Program, passes: Sequence[Pass], is_good: Callable[[Program], bool], hint: str
+) -> VerificationError:
+    """The error for a failed receipt: names the first pass after which a program is no longer good, if it is a pass."""
+    if not is_good(captured):
+        guilty, blame = None, "the capture"
+    else:
+        found = bisect(captured, passes, is_good, check=verify)
+        guilty = None if found is None else found.name
+        blame = "the lowering" if found is None else f"the pass {found.name}"
+    return VerificationError(
+        f"the result is outside its tolerance and is not returned; {blame} is to blame. {receipt.summary()}",
+        where=Location(pass_name=guilty),
+        hint=hint,
+    )
 
 
 def weakest(passes: Iterable[Pass | type[Pass]]) -> Exactness:

@@ -518,3 +518,13 @@ def test_more_sizes_than_a_few_and_results_of_similar_names() -> None:
     xs = [torch.rand(2 + k, 3) for k in range(13)]
     found = fxpass.optimize(Many(), example_inputs=(xs,))(xs)
     assert torch.equal(found["a_b"], xs[0] * 2) and found["a"]["b"].shape == (3,)
+
+
+class Single(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mm(x, torch.ones(3, 3))
+
+
+def test_a_module_of_one_type_is_compared_in_it_and_told() -> None:
+    report = fxpass.optimize(Single(), example_inputs=(torch.rand(7, 3),)).report
+    assert report.receipt.passed and any("in its own type alone" in warning for warning in report.warnings)
