@@ -15,8 +15,9 @@ import torch
 import fxpass
 from fxpass.errors import UnsupportedModelError
 from fxpass.frontends.deepmd import DeepmdFrontend, import_deepmd
-from fxpass.frontends.deepmd_neighbours import nearest_only, pairs_within
-from fxpass.structures import Structure, neighbour_list
+from fxpass.frontends.deepmd_neighbours import nearest_only
+from fxpass.neighbours import pairs_within
+from fxpass.structures import Structure
 
 pytestmark = pytest.mark.deepmd
 
@@ -151,23 +152,6 @@ def test_more_neighbours_than_places_are_left_out_as_the_original_leaves_them_ou
     kept = nearest_only(vectors, index, types[0], 160, [40, 60], mixed=False)
     assert 0 < len(kept) < index.shape[1]
     compare(fast(coord, types), model(coord, types), factor=100.0)  # atoms come as near as 0.2 A
-
-
-def test_neighbours_are_those_of_the_reference_list() -> None:
-    for structure in structures():
-        coord, _, box = inputs(structure)
-        cell = None if box is None else box.view(3, 3)
-        index, vectors = pairs_within(coord[0], cell, CUTOFF)
-        edges, units = neighbour_list(structure, CUTOFF)
-        there = structure.positions[edges[1]] - structure.positions[edges[0]] + units @ structure.cell
-        ours, theirs = _in_order(index.T.numpy(), vectors.numpy()), _in_order(edges.T, there)
-        assert ours.shape == theirs.shape
-        np.testing.assert_allclose(ours, theirs, atol=1e-9)
-
-
-def _in_order(edges: Any, vectors: Any) -> Any:
-    rows = np.concatenate([edges, vectors], axis=1)
-    return rows[np.lexsort(np.round(rows, 6).T)]
 
 
 @pytest.mark.parametrize("name", ["smooth", pytest.param("dpa3", marks=pytest.mark.long)])

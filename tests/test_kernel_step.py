@@ -71,6 +71,15 @@ FUNCTIONS: Mapping[str, Function] = {
     "exponentials": lambda x, v, s, b, h: x.exp() + x.expm1() + (x.abs() + 1).log() + x.abs().log1p() + x.tanh(),
     "waves": lambda x, v, s, b, h: x.sin() + x.cos() + x.erf() + (x.abs() + 1).reciprocal(),
     "activations": lambda x, v, s, b, h: x.sigmoid() + torch.nn.functional.silu(x) + x.relu(),
+    "gradients of activations": lambda x, v, s, b, h: (
+        aten.tanh_backward(x, x.tanh()) + aten.sigmoid_backward(x * 2, x.sigmoid())
+    ),
+    "products of matrices": lambda x, v, s, b, h: (
+        torch.bmm(x.view(-1, 4, 3), 2 * x.view(-1, 3, 4)).view(-1, 16)
+        + torch.bmm(x.view(-1, 4, 3), x.view(-1, 4, 3).transpose(1, 2)).view(-1, 16)
+        + torch.mm(x, x.new_ones(12, 16))
+        + torch.mm(x[:, :1], x.new_ones(1, 1))
+    ),
     "clamps": lambda x, v, s, b, h: x.clamp(-0.5, 0.5) + x.clamp_min(0.1) + x.clamp_max(0.2),
     "choices": lambda x, v, s, b, h: torch.where((x > 0) & ~(x >= 1) | (x == 0), x, -x).masked_fill(x < -1, 7.0),
     "comparison of tensors": lambda x, v, s, b, h: torch.where(x[:, :6] < x[:, 6:], x[:, :6], x[:, 6:]),
@@ -142,6 +151,33 @@ def test_the_numbers_of_aten(name: str, folder: Path) -> None:
         (expected,), (found,) = program.graph_module(*given), module(*given)
         assert found.dtype == expected.dtype and found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exp_and_tanh_are_libm_s(dtype: torch.dtype, folder: Path) -> None:
+    """To a few units in the last place from the smallest number to the largest, with infinities and NaN."""
+    program = traced(lambda x: torch.cat([x.exp(), x.tanh()], 1), (TensorSpec("x", ("atoms", 12), dtype),))
+    module, planned = compiled(program, folder)
+    assert planned.refused == {}
+    generator = torch.Generator().manual_seed(0)
+    sizes = 10.0 ** torch.empty(3000, 12, dtype=torch.float64).uniform_(-40, 3.2, generator=generator)
+    x = (sizes * torch.randn(3000, 12, generator=generator, dtype=torch.float64).sign()).to(dtype)
+    inf, nan = float("inf"), float("nan")
+    x[0] = torch.tensor([0.0, -0.0, inf, -inf, nan, 88.7, -87.3, -103.9, 709.7, -745.0, 20.0, -9.0])
+    (found,) = module(x)
+    exact = torch.cat([x.double().exp(), x.double().tanh()], 1).to(dtype)
+    normal = exact.abs() >= torch.finfo(dtype).tiny
+    torch.testing.assert_close(
+        found[normal], exact[normal], rtol=4 * torch.finfo(dtype).eps, atol=0, equal_nan=True
+    )
+    torch.testing.assert_close(found[~normal], exact[~normal], rtol=0, atol=torch.finfo(dtype).tiny, equal_nan=True)
+    assert torch.equal(found[0, 12:14].signbit(), torch.tensor([False, True]))
+
+
+def test_large_products_are_for_blas(folder: Path) -> None:
+    program = traced(lambda x: torch.mm(x, x.new_ones(12, 200)) * 2, INPUTS[:1])
+    planned = plan(program.graph, {})
+    assert any("BLAS" in reason for reason in planned.refused.values()), planned.refused
 
 
 def test_float32(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -55,15 +57,42 @@ def _of_floats(x: Tensor, weight: Tensor, *, index: Tensor, transposed: bool) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_kernel_equals_the_reference(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 5, 4), (ROWS, 5, 4), (230, 19, 33), (13, 600, 1)])
+def test_the_kernel_equals_the_reference(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+    """Fewer and more rows than a chunk, columns than a panel, and more depth than one block of it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SPECIES, inputs, outputs, generator=generator, dtype=dtype)
+    index = torch.randint(SPECIES - 1, (rows,), generator=generator)  # of the last species there is no row
+    for transposed in (False, True):
+        x = torch.randn(rows, outputs if transposed else inputs, generator=generator, dtype=dtype)
+        given = (x, weight, index, transposed)
+        expected = linear_by_species(*given)
+        for constants in ({}, {1: weight}):
+            run = kernel_of(given, constants)
+            torch.testing.assert_close(run(*given), expected)
+            assert torch.equal(on_threads(2, run, given), on_threads(1, run, given))
+
+
+@pytest.mark.parametrize("wrong", [SPECIES, -1])
+def test_a_species_that_there_is_not_is_refused(wrong: int) -> None:
+    x, weight, index = operands()
+    run = kernel_of((x, weight, index, False), {1: weight})
+    with pytest.raises(KernelError, match="species of a row is not one of the weights'"):
+        run(x, weight, torch.full_like(index, wrong), False)
+
+
+def kernel_of(given: tuple[Any, ...], constants: dict[int, Tensor]) -> Callable[..., Tensor]:
     compiler = find_compiler()
     assert compiler is not None
-    x, weight, index = operands(dtype)
-    for transposed in (False, True):
-        given = (x @ weight[0] if transposed else x, weight, index, transposed)
-        choice = choose(linear_by_species, given, {})
-        assert isinstance(choice, Choice)
-        run = choice.bind(build({choice.kernel.name: choice.kernel.source}, compiler)[choice.kernel.name])
-        torch.testing.assert_close(run(*given), linear_by_species(*given))
-        with pytest.raises(KernelError, match="the species of a row is not below 3"):
-            run(given[0], weight, index + 2, transposed)
+    choice = choose(linear_by_species, given, constants)
+    assert isinstance(choice, Choice)
+    return choice.bind(build({choice.kernel.name: choice.kernel.source}, compiler)[choice.kernel.name])
+
+
+def on_threads(count: int, run: Callable[..., Tensor], given: tuple[Any, ...]) -> Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return run(*given)
+    finally:
+        torch.set_num_threads(before)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..edges import Edges
-from .deepmd_neighbours import nearest_only, pairs_within
+from ..neighbours import Pairs
+from .deepmd_neighbours import nearest_only
 
 
 class DeepmdInterface(nn.Module):
@@ -35,6 +36,7 @@ class DeepmdInterface(nn.Module):
         self.forces_program = forces  # forces are always asked for, so ``energy`` is not
         self.rcut: float = attributes["cutoff"]
         self.edges = Edges(self.rcut, attributes.get("assumptions", ()))
+        self.pairs = Pairs(self.rcut)
         self.type_map: List[str] = list(attributes["type_map"])
         self.types: int = len(self.type_map)
         self.sel: List[int] = list(attributes["sel"])
@@ -162,11 +164,14 @@ class DeepmdInterface(nn.Module):
             cell: Optional[Tensor] = None
             if box is not None:
                 cell = box[k].view(3, 3).to(torch.float64)
-            index, own = pairs_within(positions[k].index_select(0, real), cell, self.rcut)
+            index, own = self.pairs(positions[k].index_select(0, real), cell)
             vectors.append(own)
-            indices.append(real.index_select(0, index.flatten()).view(2, -1) + k * atoms)
+            if real.size(0) < atoms:
+                index = real.index_select(0, index.flatten()).view(2, -1)
+            indices.append(index + k * atoms if k > 0 else index)
         batch = torch.arange(frames, device=atype.device).repeat_interleave(atoms)
-        found = self._evaluate(torch.cat(vectors), torch.cat(indices, 1), atype, batch)
+        own, index = (vectors[0], indices[0]) if frames == 1 else (torch.cat(vectors), torch.cat(indices, 1))
+        found = self._evaluate(own, index, atype, batch)
         energies, single, gradient, kept, index, _ = found
         gradient = gradient.to(torch.float64)
         kept = kept.to(torch.float64)

@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -24,6 +23,7 @@ from ..ir.grouped import linear_by_species
 from .call import Call, Constant, Number, Operand, Result, Rows, Scratch, Threads
 from .contraction import ContractionKernel
 from .convolution import DTYPES, FORWARD, ConvolutionKernel, pack
+from .grouped import UNKNOWN, GroupedKernel
 from .linear import LinearKernel, ScalarProductKernel
 from .polynomial import PolynomialKernel
 from .rows import RowsKernel
@@ -146,29 +146,26 @@ def _rows(args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
 
 
 def _linear_by_species(args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:
-    """Rows sorted by species by a kernel, and a product of matrices of BLAS for each species."""
-    kernel = RowsKernel()
+    x, weight, _, transposed = args
+    species, inputs, outputs = map(int, weight.shape)
+    if transposed:
+        inputs, outputs = outputs, inputs
+    kernel = GroupedKernel(species, inputs, outputs, x.dtype, transposed)
+    constant = constants.get(1)
 
     def bind(library: ctypes.CDLL) -> Function:
-        sort = kernel.bind(library)
+        function = kernel.bind(library)
+        packed = None if constant is None else kernel.pack(constant, library)
 
         def run(x: Tensor, weight: Tensor, index: Tensor, transposed: bool) -> Tensor:
-            species = weight.shape[0]
-            try:
-                order = sort(index, species)
-            except KernelError as error:
-                raise KernelError(f"the species of a row is not below {species}, the number of them") from error
-            rows, bounds = order[species + 1 :], order[: species + 1].tolist()
-            sorted_rows = x.index_select(0, rows)
-            made = x.new_empty((x.shape[0], weight.shape[1 if transposed else 2]))
-            for k, (start, stop) in enumerate(pairwise(bounds)):
-                matrix = weight[k].t() if transposed else weight[k]
-                torch.mm(sorted_rows[start:stop], matrix, out=made[start:stop])
-            return torch.empty_like(made).index_copy_(0, rows, made)
+            return function(x, kernel.pack(weight, library) if packed is None else packed, index)
 
         return run
 
-    return Choice(kernel, bind)
+    if constant is None:
+        return Choice(kernel, bind)
+    call = Call((Operand(0), Constant(1), Operand(2), Result(), Rows(0), Threads()), UNKNOWN)
+    return Choice(kernel, bind, call, lambda library: {1: kernel.pack(constant, library)})
 
 
 def _convolution(gradient: bool, args: Arguments, constants: Mapping[int, Tensor]) -> Choice | str:

@@ -29,6 +29,7 @@ from ..errors import KernelError
 from .lanes import Lanes, Value, cpp, prelude, storage
 
 FORWARD = (False, False, False)
+ALIVE = 9  # sums over lanes that registers hold beside what else a loop needs
 INCLUDES = (  # compilers that have OpenMP may lack its header
     "#include <algorithm>",
     "#include <vector>",
@@ -343,7 +344,7 @@ class ConvolutionKernel:
             *(["T* __restrict__ gx = own + sorted[a].sender * XS;"] if by_x else []),
             *self._edge(),
             *clear,
-            *(line for number in range(len(self.product.paths)) for line in self._path_gradient(number)),
+            *(line for numbers in self._together() for line in self._path_gradient(numbers)),
             *write,
             "}",
             "}",
@@ -363,50 +364,65 @@ class ConvolutionKernel:
         """Row of the gradient by an entry of a path's M in the buffer ``gm``."""
         return sum(map(len, self.entries[:number])) + self.entries[number].index((i, k))
 
-    def _path_gradient(self, number: int) -> list[str]:
-        """What a path adds to the gradients of its sender and of its edge.
+    def _together(self) -> list[list[int]]:
+        """Numbers of paths that go through one loop: they read the same weights and segment of x."""
+        groups: dict[tuple[int, ...], list[list[int]]] = {}
+        for number, path in enumerate(self.product.paths):
+            alone = (number,) if path.weight < 0 else ()
+            found = groups.setdefault((path.weight, path.i1, self.product.sizes(path)["u"], *alone), [[]])
+            if sum(len(self.entries[n]) for n in [*found[-1], number]) > ALIVE and found[-1]:
+                found.append([])
+            found[-1].append(number)
+        return [numbers for found in groups.values() for numbers in found]
+
+    def _path_gradient(self, numbers: Sequence[int]) -> list[str]:
+        """What paths that share weights and x add to the gradients of their sender and of their edge.
 
         A loop over lanes for each component of x: so few values are alive in one that they stay in registers.
         """
         by_x, by_y, by_radial = self.needs
-        path, lines = self.product.paths[number], []
-        weighted, rows = path.weight >= 0, sorted({i for i, _ in self.entries[number]})
+        paths, lines = [self.product.paths[n] for n in numbers], []
+        first = paths[0]
+        weighted, rows = first.weight >= 0, sorted({i for n in numbers for i, _ in self.entries[n]})
         stored = weighted and self.grid is not None and len(rows) > 1  # the table is read once for all components
         if stored:
             lanes = Lanes()
-            weight, rise = self._weight(lanes, path, slope=by_radial)
+            weight, rise = self._weight(lanes, first, slope=by_radial)
             lanes.store("wv", 0, weight)
             if by_radial:
                 lanes.store("wr", 0, rise)
-            lines += self._loop(path, lanes)
+            lines += self._loop(paths, lanes)
         for i in rows:
             lanes, sums = Lanes(), []
-            matrix, x = self._matrix(lanes, path), lanes.load(f"x{path.i1}", i)
+            matrices = [self._matrix(lanes, path) for path in paths]
+            x = lanes.load(f"x{first.i1}", i)
             if stored:
                 weight, rise = lanes.load("wv", 0), lanes.load("wr", 0)
             else:
-                weight, rise = self._weight(lanes, path, slope=by_radial)
+                weight, rise = self._weight(lanes, first, slope=by_radial)
             heavy, back = lanes.mul(weight, x), lanes.constant(0.0)
-            for k in (k for ii, k in self.entries[number] if ii == i):
-                g = lanes.load(f"o{path.io}", k)
-                back = lanes.fma(matrix[i, k], g, back)
-                if by_y:
-                    sums.append(self._entry(number, i, k))
-                    lanes.accumulate("gm", sums[-1], lanes.mul(heavy, g))
+            for number, path, matrix in zip(numbers, paths, matrices, strict=True):
+                for k in (k for ii, k in self.entries[number] if ii == i):
+                    g = lanes.load(f"o{path.io}", k)
+                    back = lanes.fma(matrix[i, k], g, back)
+                    if by_y:
+                        sums.append(self._entry(number, i, k))
+                        lanes.accumulate("gm", sums[-1], lanes.mul(heavy, g))
             if by_x:
-                lanes.accumulate(f"gx{path.i1}", i, lanes.mul(weight, back))
+                lanes.accumulate(f"gx{first.i1}", i, lanes.mul(weight, back))
             if by_radial and weighted:
                 each = lanes.mul(x, back) if self.grid is None else lanes.mul(lanes.mul(rise, x), back)
-                lanes.accumulate("gr" if self.grid else f"gw{path.weight}", 0, each)
-            lines += self._loop(path, lanes, sums)
+                lanes.accumulate("gr" if self.grid else f"gw{first.weight}", 0, each)
+            lines += self._loop(paths, lanes, sums)
         return lines
 
-    def _loop(self, path: Path, lanes: Lanes, sums: Sequence[int] = ()) -> list[str]:
-        """A program for all lanes of a path; ``sums`` are the rows of ``gm`` that it makes."""
-        channels = self.product.sizes(path)["u"]
+    def _loop(self, paths: Sequence[Path], lanes: Lanes, sums: Sequence[int] = ()) -> list[str]:
+        """A program for all lanes of some paths; ``sums`` are the rows of ``gm`` that it makes."""
+        channels = self.product.sizes(paths[0])["u"]
         arrays = self._arrays(channels) | {"wv": "wv + c", "wr": "wr + c"}
         registers = {"gr": "gr", "gm": "gm_{row}"}
-        body = cpp(lanes, arrays, uniform=False, registers=registers, once=[f"o{path.io}"], paired=self._paired)
+        once = [f"o{path.io}" for path in paths]
+        body = cpp(lanes, arrays, uniform=False, registers=registers, once=once, paired=self._paired)
         return [
             "{",
             *(f"V gm_{row} = {{}};" for row in sums),

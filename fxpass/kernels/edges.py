@@ -12,8 +12,8 @@ from torch import Tensor
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 #: bits of what a look at the list tells
 PLAIN, IN_ORDER = 1, 2
-#: an edge this near to a bound, relative to it, is left to torch: both must decide the same
-MARGIN = 1e-5
+#: an edge this near to a bound, relative to it, is left to torch, which rounds lengths: both must decide the same
+MARGINS = {torch.float32: 1e-5, torch.float64: 1e-13}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class BoundEdges:
         if not _plain(vectors, vectors) or not _index(index, vectors):
             return 0
         function = getattr(self.library, f"look_{_TYPES[vectors.dtype]}")
-        low, high = shortest * (1 + MARGIN), cutoff * (1 - MARGIN)
+        margin = MARGINS[vectors.dtype]
+        low, high = shortest * (1 + margin), cutoff * (1 - margin)
         return function(vectors.data_ptr(), index.data_ptr(), vectors.shape[0], atoms, low, high)
 
     def forces(self, gradient: Tensor, index: Tensor, like: Tensor) -> Tensor | None:

@@ -18,8 +18,10 @@ from ..ir.program import Program
 from ..kernels.build import build, find_compiler
 from ..kernels.choice import Choice, choose
 from ..kernels.edges import IN_ORDER, PLAIN, BoundEdges, EdgesKernel
+from ..kernels.neighbours import BoundNeighbours, NeighboursKernel
 from ..kernels.step.run import Plan, bind, graph_of, plan
 from ..kernels.step.translate import Fixed
+from ..neighbours import Pairs
 from .base import ATEN, LEGAL, ManifestRow, executable
 
 #: edges and atoms fused, linear maps folded; of the semantic ops that are left those without a kernel become ATen
@@ -51,12 +53,16 @@ class NativeTarget:
         compiler = find_compiler()
         if compiler is None:
             return
-        kernel = EdgesKernel()
-        functions = kernel.bind(build({kernel.name: kernel.source}, compiler)[kernel.name])
-        for parent in list(interface.modules()):
-            for name, child in parent.named_children():
-                if type(child) is Edges:
-                    setattr(parent, name, NativeEdges(child, functions))
+        children = [(parent, *found) for parent in list(interface.modules()) for found in parent.named_children()]
+        edges, neighbours = EdgesKernel(), NeighboursKernel()
+        wanted = {edges.name: edges.source} if any(type(child) is Edges for _, _, child in children) else {}
+        wanted |= {neighbours.name: neighbours.source} if any(type(child) is Pairs for _, _, child in children) else {}
+        libraries = build(wanted, compiler)
+        for parent, name, child in children:
+            if type(child) is Edges:
+                setattr(parent, name, NativeEdges(child, edges.bind(libraries[edges.name])))
+            elif type(child) is Pairs:
+                setattr(parent, name, NativePairs(child, neighbours.bind(libraries[neighbours.name])))
 
 
 class NativeEdges(Edges):
@@ -79,6 +85,18 @@ class NativeEdges(Edges):
     def forces(self, gradient: Tensor, index: Tensor, like: Tensor) -> Tensor:
         made = self.functions.forces(gradient, index, like)
         return super().forces(gradient, index, like) if made is None else made
+
+
+class NativePairs(Pairs):
+    """Pairs found by one function; where autograd looks on, by torch."""
+
+    def __init__(self, pairs: Pairs, functions: BoundNeighbours) -> None:
+        super().__init__(pairs.cutoff)
+        self.functions = functions
+
+    def forward(self, positions: Tensor, cell: Tensor | None) -> tuple[Tensor, Tensor]:
+        found = self.functions.pairs(positions, cell, self.cutoff)
+        return super().forward(positions, cell) if found is None else found
 
 
 class Native(nn.Module):

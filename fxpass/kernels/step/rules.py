@@ -16,6 +16,8 @@ from .views import TYPES, Shape, Size, Unsupported, numel, printed, same
 from .writer import Writer
 
 aten = torch.ops.aten
+#: elements of a matrix up to which a product is written out
+SMALL = 2048
 #: (writer, the value's shape and type, arguments of the op) -> value
 Rule = Callable[..., Value]
 
@@ -322,6 +324,12 @@ def _often(text: str) -> Rule:
     return lambda w, out, x: rule(w, out, w_once(w, x))
 
 
+def _of_result(text: str) -> Rule:
+    """A gradient that is made of the op's result, which it reads more than once."""
+    rule = _pointwise(text, floats=True)
+    return lambda w, out, g, y: rule(w, out, g, w_once(w, y))
+
+
 def _fill(value: Any) -> Rule:
     return lambda w, out, *_, **__: constant(out.shape, out.dtype, _number(value, out.dtype))
 
@@ -454,6 +462,33 @@ def _reduced(w: Writer, out: Out, source: Readable, dims: Any, keep: bool, term:
     return Place(to)
 
 
+def _matmul(w: Writer, out: Out, a: Value, b: Value) -> Value:
+    """Rows of products of small matrices, which are many: each would cost BLAS more to start than to do."""
+    depth, columns = b.shape[-2:]
+    if not (depth.is_Integer and columns.is_Integer and depth * columns <= SMALL):
+        raise Unsupported("a product of matrices that BLAS is made for")
+    if _kinds([a, b]) != {out.dtype} or not out.dtype.is_floating_point:
+        raise Unsupported(f"a product of matrices of {_kinds([a, b])}")
+    left, right = Place(w.place(a)), Place(w.place(b))
+    to = w.buffer("arena", out.dtype, out.shape)
+    kind = TYPES[out.dtype]
+
+    def body(at: Indices) -> list[str]:
+        factor, element = left.element([*at, "k"]), right.element([*at[:-1], "k", "j"])
+        return [
+            f"{kind} sums[{columns}] = {{}};",
+            f"for (int64_t k = 0; k < {depth}; k++) {{",
+            f"  const {kind} factor = {factor};",
+            *(["  #pragma omp simd"] if columns >= 4 else []),
+            f"  for (int64_t j = 0; j < {columns}; j++) sums[j] += factor * {element};",
+            "}",
+            f"for (int64_t j = 0; j < {columns}; j++) {to.element([*at, 'j'])} = sums[j];",
+        ]
+
+    w.emit(["{", *w.loops(out.shape[:-1], body, simd=False), "}"], left.reads | right.reads, frozenset({to.buffer}))
+    return Place(to)
+
+
 def _argmax(w: Writer, out: Out, x: Value, dim: Any = None, keep: bool = False) -> Value:
     if dim is None or keep:
         raise Unsupported("an argmax over everything")
@@ -513,16 +548,18 @@ RULES: Mapping[Any, Rule] = {
     aten.reciprocal.default: _pointwise("1 / {0}", floats=True),
     aten.sqrt.default: _pointwise("std::sqrt({0})", floats=True),
     aten.rsqrt.default: _pointwise("1 / std::sqrt({0})", floats=True),
-    aten.exp.default: _pointwise("std::exp({0})", floats=True),
+    aten.exp.default: _pointwise("fast_exp({0})", floats=True),
     aten.expm1.default: _pointwise("std::expm1({0})", floats=True),
     aten.log.default: _pointwise("std::log({0})", floats=True),
     aten.log1p.default: _pointwise("std::log1p({0})", floats=True),
     aten.sin.default: _pointwise("std::sin({0})", floats=True),
     aten.cos.default: _pointwise("std::cos({0})", floats=True),
-    aten.tanh.default: _pointwise("std::tanh({0})", floats=True),
+    aten.tanh.default: _pointwise("fast_tanh({0})", floats=True),
     aten.erf.default: _pointwise("std::erf({0})", floats=True),
-    aten.sigmoid.default: _pointwise("1 / (1 + std::exp(-{0}))", floats=True),
-    aten.silu.default: _often("{0} / (1 + std::exp(-{0}))"),
+    aten.sigmoid.default: _pointwise("1 / (1 + fast_exp(-{0}))", floats=True),
+    aten.silu.default: _often("{0} / (1 + fast_exp(-{0}))"),
+    aten.tanh_backward.default: _of_result("{0} * (1 - {1} * {1})"),
+    aten.sigmoid_backward.default: _of_result("{0} * (1 - {1}) * {1}"),
     aten.relu.default: _often("{0} < 0 ? T(0) : {0}"),
     aten.pow.Tensor_Scalar: _power,
     aten.clamp.default: _clamp,
@@ -558,6 +595,8 @@ RULES: Mapping[Any, Rule] = {
     aten.sum.dim_IntList: _sum,
     aten.linalg_vector_norm.default: _norm,
     aten.argmax.default: _argmax,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
 }
 for _name, _sign in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
     for _overload in ("Scalar", "Tensor"):

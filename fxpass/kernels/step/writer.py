@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -151,9 +152,24 @@ class Writer:
         for d in reversed(range(len(shape))):
             if shape[d] != 1:
                 outermost = all(n == 1 for n in shape[:d])
-                lines = loop(f"i{d}", shape[d], numel(shape) if outermost else None, lines, inner=inner)
+                rows, lines = self._hoisted(lines, f"i{d}") if inner else ([], lines)
+                lines = [*rows, *loop(f"i{d}", shape[d], numel(shape) if outermost else None, lines, inner=inner)]
                 inner = False
         return lines
+
+    def _hoisted(self, lines: Sequence[str], index: str) -> tuple[list[str], list[str]]:
+        """Entries of integer buffers that do not depend on ``index``, read in front of its loop, and the loop's lines.
+
+        A compiler that must take what the loop writes for what it reads would read them at every turn.
+        """
+        names: dict[str, str] = {}
+
+        def name(read: re.Match[str]) -> str:
+            varies = re.search(rf"\b{index}\b", read[2]) or self.buffers[int(read[1])].type != TYPES[torch.int64]
+            return read[0] if varies else names.setdefault(read[0], f"row{len(names)}")
+
+        inside = [re.sub(r"\bb(\d+)\[([^][]*)\]", name, line) for line in lines]
+        return [f"const int64_t {own} = {text};" for text, own in names.items()], inside
 
     def check(self, index: Readable, size: Size, what: str) -> None:
         """Fail where an index [n] is not below ``size``."""
@@ -222,6 +238,7 @@ class Writer:
         return (
             "".join(f"// {line}\n" for line in about)
             + _HEAD
+            + (_FUNCTIONS if "fast_" in body else "")
             + f"""
 static inline int64_t layout(const int64_t* sizes, [[maybe_unused]] void* const* functions, int64_t* at) {{
 {sizes}  at[0] = 0;
@@ -281,4 +298,59 @@ typedef bool Bool __attribute__((may_alias));
 
 // memory of a tensor begins at a line of the cache
 static constexpr int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+"""
+#: exp and tanh without branches, so that loops over them become vectors; a few units in the last place, NaN and
+#: infinities as in libm.  With x = k ln 2 + r, expm1(r) is its Taylor series, and 2^k is put together from its bits
+_FUNCTIONS = """
+template <typename T, typename I> struct Exponential {
+  static constexpr bool wide = sizeof(T) == 8;
+  static constexpr T shift = wide ? T(0x1.8p52) : T(0x1.8p23), largest = wide ? T(720) : T(90);
+  static constexpr T smallest = wide ? T(-760) : T(-110);
+  static inline T power(T k) {  // the last bits of k + shift are those of the integer k
+    const T moved = k + shift;
+    I bits;
+    memcpy(&bits, &moved, sizeof bits);
+    bits = I(uint64_t(bits) << (wide ? 52 : 23)) + (wide ? I(0x3ff0000000000000) : I(0x3f800000));
+    T made;
+    memcpy(&made, &bits, sizeof made);
+    return made;
+  }
+  static inline T reduced(T x, T& k) {  // expm1(r)
+    k = std::rint(x * T(1.4426950408889634));
+    const T r = wide ? (x - k * T(0x1.62e42fee00000p-1)) - k * T(0x1.a39ef35793c76p-33)
+                     : (x - k * T(0x1.62e400p-1)) - k * T(0x1.7f7d1cp-20);
+    T sum = wide ? T(1 / 87178291200.0) : T(1 / 40320.0);
+    if (wide) {
+      sum = sum * r + T(1 / 6227020800.0);
+      sum = sum * r + T(1 / 479001600.0);
+      sum = sum * r + T(1 / 39916800.0);
+      sum = sum * r + T(1 / 3628800.0);
+      sum = sum * r + T(1 / 362880.0);
+      sum = sum * r + T(1 / 40320.0);
+    }
+    sum = sum * r + T(1 / 5040.0);
+    sum = sum * r + T(1 / 720.0);
+    sum = sum * r + T(1 / 120.0);
+    sum = sum * r + T(1 / 24.0);
+    sum = sum * r + T(1 / 6.0);
+    sum = sum * r + T(1 / 2.0);
+    return r + r * r * sum;
+  }
+  static inline T exp(T x) {
+    T k, within = x > largest ? largest : x;
+    within = within < smallest ? smallest : within;
+    const T small = reduced(within, k), half = std::rint(k * T(0.5));
+    return (1 + small) * power(half) * power(k - half);
+  }
+  static inline T tanh(T x) {
+    T k;
+    const T twice = 2 * std::abs(x), small = reduced(twice > 40 ? T(40) : twice, k), scale = power(k);
+    const T e = scale * small + (scale - 1);
+    return std::copysign(e / (e + 2), x);
+  }
+};
+static inline double fast_exp(double x) { return Exponential<double, int64_t>::exp(x); }
+static inline float fast_exp(float x) { return Exponential<float, int32_t>::exp(x); }
+static inline double fast_tanh(double x) { return Exponential<double, int64_t>::tanh(x); }
+static inline float fast_tanh(float x) { return Exponential<float, int32_t>::tanh(x); }
 """
