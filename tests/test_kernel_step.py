@@ -113,6 +113,10 @@ FUNCTIONS: Mapping[str, Function] = {
     ),
     "gather": lambda x, v, s, b, h: (2 * x).index_select(0, s) + x.index_select(0, s),
     "gather of components": lambda x, v, s, b, h: x.index_select(1, x.new_ones(3).long() * 2),
+    "gather of one entry, twice": lambda x, v, s, b, h: (
+        (x[:, 3] * x.sum(0).index_select(0, x.new_zeros(1).long())) ** 2
+        + (x[:, 4] * x.sum(0).index_select(0, x.new_ones(1).long())) ** 2
+    ),
     "scatter": lambda x, v, s, b, h: x.new_zeros(x.shape[0], 3).index_add(0, s, v * 2) + x[:, :3],
     "scatter of scalars": lambda x, v, s, b, h: x.new_zeros(h.shape[0]).index_add(0, b, x[:, 3]),
     "sums": lambda x, v, s, b, h: x.sum() + x.sum(1).sum() + x.view(-1, 3, 4).sum((1, 2)).sum(0) + x.new_ones(()).sum(),

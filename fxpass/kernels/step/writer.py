@@ -153,7 +153,8 @@ class Writer:
             if shape[d] != 1:
                 outermost = all(n == 1 for n in shape[:d])
                 rows, lines = self._hoisted(lines, f"i{d}") if inner else ([], lines)
-                lines = [*rows, *loop(f"i{d}", shape[d], numel(shape) if outermost else None, lines, inner=inner)]
+                lines = loop(f"i{d}", shape[d], numel(shape) if outermost else None, lines, inner=inner)
+                lines = ["{", *rows, *lines, "}"] if rows else lines  # no loop may be around it, to end their names
                 inner = False
         return lines
 
