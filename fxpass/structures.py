@@ -474,17 +474,40 @@ def _list_pairs(structure: Structure, reach: float) -> tuple[Integers, Floats]:
 FCC = np.array([[0.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]])
 # A compact cluster without any symmetry once it is rattled, in units of the nearest neighbour distance.
 BIPYRAMID = np.array([[0.58, 0, 0], [-0.29, 0.5, 0], [-0.29, -0.5, 0], [0, 0, 0.82], [0, 0, -0.82]])
+COVALENT = {1: 0.31, 5: 0.84, 6: 0.76, 7: 0.71, 8: 0.66, 9: 0.57}  # Angstrom, by atomic number
 STRAIN = np.array([[1.04, 0.06, -0.03], [0.0, 0.95, 0.05], [0.0, 0.0, 1.03]])
 
 
 def probes_of(facts: Mapping[str, Any]) -> tuple[Structure, ...]:
     """Structures to probe a model with: those that its facts name (``"structures"``), else :func:`probe_structures`.
 
-    A force field with fixed bonds is for the atoms that it was made for, and says which these are.
+    A force field with fixed bonds is for the atoms that it was made for, and says which these are.  A model whose facts
+    say ``"molecules"`` is probed with a :func:`liquid` too: what it makes of lengths is steepest where they are short.
     """
     if own := facts.get("structures"):
         return tuple(Structure(s["numbers"], s["positions"], s["cell"], s["pbc"], s["name"]) for s in own)
-    return probe_structures(facts["numbers"], facts["cutoff"])
+    probes = probe_structures(facts["numbers"], facts["cutoff"])
+    return (*probes, liquid(facts["numbers"])) if facts.get("molecules") else probes
+
+
+def liquid(numbers: Iterable[int]) -> Structure:
+    """Eight molecules of three atoms at the length of their bonds, turned at random, as close as their bonds allow.
+
+    Bonds are sums of covalent radii (Cordero et al., Dalton Trans. 2008, 2832), of 1.2 Angstrom where an element is not
+    among those that organic molecules are made of.
+    """
+    rng = np.random.default_rng(0)
+    species = cycle(rng.permutation(np.unique(np.array(list(numbers), dtype=np.int64))).tolist())
+    taken = np.array(list(islice(species, 24)), dtype=np.int64)
+    radii = np.array([COVALENT.get(int(z), 1.2) for z in taken]).reshape(8, 3)
+    turns, _ = np.linalg.qr(rng.normal(size=(8, 3, 3)))
+    bonds = np.stack([np.zeros(8), radii[:, 0] + radii[:, 1], radii[:, 0] + radii[:, 2]], axis=1)
+    side = max(3.1, 2 * bonds.max() + 0.9)  # that leaves this much between the nearest ends of two molecules
+    corners = side * np.stack(np.meshgrid(*[np.arange(2)] * 3, indexing="ij"), axis=-1).reshape(8, 3)
+    angle = np.deg2rad(104.5)
+    directions = np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [np.cos(angle), np.sin(angle), 0.0]])
+    placed = corners[:, None, :] + (bonds[:, :, None] * directions) @ turns
+    return Structure(taken, placed.reshape(-1, 3), 2 * side * np.eye(3), (True, True, True), "liquid")
 
 
 def probe_structures(numbers: Iterable[int], cutoff: float) -> tuple[Structure, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fxpass.errors import FxpassError, MissingExtraError, StructureError, UsageError
-from fxpass.structures import SYMBOLS, Floats, Structure, neighbour_list, probe_structures, read_structures
+from fxpass.structures import SYMBOLS, Floats, Structure, liquid, neighbour_list, probe_structures, read_structures
 
 pytestmark = pytest.mark.once
 
@@ -365,6 +365,18 @@ def min_angle(cell: Floats) -> float:
     unit = cell / np.linalg.norm(cell, axis=1, keepdims=True)
     cosines = (unit @ unit.T)[np.triu_indices(3, 1)]
     return float(np.abs(np.degrees(np.arccos(cosines)) - 90.0).min())
+
+
+@pytest.mark.parametrize(("numbers", "shortest"), [([1, 8], 0.62), ([1, 6, 7, 8], 0.97), ([14, 29], 2.4)])
+def test_a_liquid_has_bonds_of_their_length_and_nothing_nearer(numbers: list[int], shortest: float) -> None:
+    structure = liquid(numbers)
+    structure.check(numbers)
+    assert set(structure.numbers) == set(numbers)
+    edges, units = neighbour_list(structure, 6.0)
+    vectors = structure.positions[edges[1]] - structure.positions[edges[0]] + units @ structure.cell
+    lengths = np.linalg.norm(vectors, axis=1)
+    np.testing.assert_allclose(lengths.min(), shortest, atol=0.15)
+    assert 10 < edges.shape[1] / len(structure) < 120
 
 
 def test_probe_structures_need_a_species() -> None:

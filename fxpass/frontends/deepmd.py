@@ -161,6 +161,7 @@ class DeepmdFrontend:
         return {
             "cutoff": float(model.get_rcut()),
             "numbers": _numbers(model),
+            "molecules": True,  # networks of an inverse distance
             "type_map": list(atomic.type_map),
             "sel": [int(count) for count in model.get_sel()],
             "mixed_types": bool(model.mixed_types()),
