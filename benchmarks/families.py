@@ -27,7 +27,7 @@ from torch import nn
 
 import fxpass
 from fxpass.api import open_model
-from fxpass.cli.bench import call_of
+from fxpass.cli.bench import calls_of
 from fxpass.cli.measure import by_turns, crystal, processor, threads
 from fxpass.structures import Structure, neighbour_list
 
@@ -181,7 +181,7 @@ def measure(name: str, options: argparse.Namespace) -> list[Row]:
     structure = water(4) if of_water else crystal(options.atoms, species, facts["cutoff"], NEAREST)
     result = fxpass.optimize(model, options.passes, target="native", verify=not options.no_verify)
     ours, theirs = (frontend.evaluate(each, structure) for each in (result, model))
-    calls = {"eager": call_of(model, frontend, structure), "native": call_of(result, frontend, structure)}
+    calls, _ = calls_of({"eager": model, "native": result}, frontend, structure)
     rows = []
     for count in options.threads:
         with threads(count):

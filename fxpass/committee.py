@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
 #: what members must have in common: as facts name it, and in words
-COMMON = {"numbers": "species", "cutoff": "cutoff", "heads": "heads", "dtype": "dtype"}
+COMMON = {"numbers": "species", "cutoff": "cutoff", "heads": "heads", "dtype": "dtype", "per": "what energies are of"}
 SHARING = "common-subexpressions,dead-code"
 SPREAD = ("energy_comm", "energy_var", "forces_comm", "forces_var", "stress_comm", "stress_var")
 

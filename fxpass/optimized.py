@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from . import package
 from .derivatives import Derivatives
 from .errors import UsageError
 from .ir.program import Program
+from .lowering import Lowered
 from .report import Report
 from .targets.ase import calculator
 from .targets.base import ManifestRow, manifest
@@ -26,12 +28,18 @@ if TYPE_CHECKING:
 
 Rebuild = Callable[[torch.dtype, torch.device], "Optimized"]
 
+#: warning of a model that was loaded without help of the lowered program of its file
+LOWERED_ANEW = (
+    "this file holds no program that was lowered by this fxpass with this torch, so it was lowered anew, which takes "
+    "time at every load; save it again"
+)
+
 
 class Optimized(nn.Module):
     """An optimised model: call it as the original, with the original's arguments and outputs.
 
     Attributes:
-        program: the optimised program, before it was lowered to the target.
+        lowered: what ``program`` was lowered to, after the passes of the target; a file without it is slower to load.
         report: what every pass did, timings, and the receipt.
         interface: the family's own ``forward`` over the lowered programs.
         frontend: the family.
@@ -50,10 +58,14 @@ class Optimized(nn.Module):
         target: Target,
         facts: dict[str, Any],
         rebuild: Rebuild | None,
+        *,
+        lowered: Lowered | None = None,
+        check: Callable[[Program], None] | None = None,
     ) -> None:
         super().__init__()
         self.interface = interface
-        self.program = program
+        self._program, self._check = program, check
+        self.lowered = lowered
         self.report = report
         self.frontend = frontend
         self.target = target
@@ -67,6 +79,18 @@ class Optimized(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("interface"), name)
+
+    @property
+    def program(self) -> Program:
+        """The optimised program, before it was lowered to the target.
+
+        Raises:
+            PackageError: the model was loaded from a file whose program is damaged; only what runs is verified then.
+        """
+        if self._check is not None:
+            self._check(self._program)
+            self._check = None
+        return self._program
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -119,12 +143,15 @@ class Optimized(nn.Module):
             UsageError: the file exists (and ``overwrite`` is not given) or cannot be written.
         """
         script = self.target.portable(self.interface)
-        saved = package.Saved(self.program, self.frontend.name, self.facts, self.report, script)
+        lowered = self.lowered if script is None else None
+        warnings = tuple(warning for warning in self.report.warnings if warning != LOWERED_ANEW)
+        report = replace(self.report, warnings=warnings)
+        saved = package.Saved(self._program, self.frontend.name, self.facts, report, lowered, script)
         package.save(saved, Path(path), overwrite=overwrite)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Optimized:
         """Moves and casts: another dtype or device is another program, so it is built again, not converted."""
-        own = next(s.dtype for s in self.program.inputs if s.dtype.is_floating_point)
+        own = next(s.dtype for s in self._program.inputs if s.dtype.is_floating_point)
         here = next((t.device for t in self.interface.buffers()), torch.device("cpu"))
         probe = fn(torch.zeros((), dtype=own, device=here))
         if probe.dtype == own and probe.device == here:
@@ -134,7 +161,10 @@ class Optimized(nn.Module):
                 f"this model was loaded from a file made for {own} on {here}, and cannot become {probe.dtype} there",
                 hint="optimise the original checkpoint in that dtype and save it again",
             )
-        new = self.rebuild(probe.dtype, probe.device)
-        self.interface, self.program, self.report = new.interface, new.program, new.report
-        self.facts, self.forward = new.facts, new.interface.forward
+        self._become(self.rebuild(probe.dtype, probe.device))
         return self
+
+    def _become(self, new: Optimized) -> None:
+        self.interface, self.forward = new.interface, new.interface.forward
+        self._program, self._check, self.lowered = new._program, new._check, new.lowered
+        self.report, self.facts = new.report, new.facts

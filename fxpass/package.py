@@ -1,8 +1,9 @@
 """Saved models: a data-only package, or a TorchScript file that says so.
 
 A package is a zip archive of ``package.json`` (format, family, facts, target, report), ``program.json``
-(the graph as data), ``weights.npz`` (no pickle) and ``digest.json``.  Loading it runs no code that it
-carries: graphs may only name ATen ops and fxpass's own.
+(the graph as data), ``weights.npz`` (no pickle) and ``digest.json``.  ``lowered.json`` and ``lowered.npz`` are the
+program as its target runs it, and save time at loading.  Loading runs no code that a package carries: graphs may
+only name ATen ops and fxpass's own.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from ._torch_compat import OpOverload
 from .errors import PackageError, UsageError
 from .ir.program import Program, TensorSpec
 from .ir.verifier import ARITHMETIC
+from .lowering import Lowered
 from .report import Report
 from .verify.receipt import Receipt
 
 FORMAT = 1
 MEMBERS = ("package.json", "program.json", "weights.npz")
+LOWERED_FROM = ("program.json", "weights.npz")
 INSIDE_SCRIPT = "fxpass.zip"
 #: what zipfile, json, numpy and fx raise on members that are not what save wrote
 _DAMAGE = (
@@ -88,6 +91,7 @@ class Saved:
         family: name of the frontend.
         facts: what the family's drop-in knows of the model.
         report: what the passes did, and the receipt; names the target.
+        lowered: what the program was lowered to, where the file holds it.
         script: the drop-in itself, where the file is TorchScript.
     """
 
@@ -95,6 +99,7 @@ class Saved:
     family: str
     facts: dict[str, Any]
     report: Report
+    lowered: Lowered | None = None
     script: nn.Module | None = None
 
 
@@ -153,9 +158,7 @@ def read(path: Path) -> Saved:
             inside = [name for name in archive.namelist() if name.endswith(f"/extra/{INSIDE_SCRIPT}")]
             if inside:
                 data = archive.read(inside[0])
-        program, facts = _unpack(data)
-        report = Report.from_json(facts["report"], read_receipt=Receipt.from_json)
-        return Saved(program, facts["family"], facts["facts"], report)
+        return _unpack(data)
     except PackageError as error:
         raise PackageError(f"{path}: {error.what}", hint=error.hint or "save the model again") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
@@ -182,7 +185,15 @@ def _pack(saved: Saved) -> bytes:
         "program.json": json.dumps(program_to_json(saved.program)).encode(),
         "weights.npz": _weights(saved.program),
     }
-    digest = {name: hashlib.sha256(member).hexdigest() for name, member in members.items()}
+    if saved.lowered is not None:
+        lowered = {
+            "of": _digests({name: members[name] for name in LOWERED_FROM}),
+            "made_by": saved.lowered.made_by,
+            "program": program_to_json(saved.lowered.program),
+        }
+        members["lowered.json"] = json.dumps(lowered).encode()
+        members["lowered.npz"] = _weights(saved.lowered.program, known=saved.program)
+    digest = _digests(members)
     members["digest.json"] = json.dumps(digest).encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -191,34 +202,67 @@ def _pack(saved: Saved) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(data: bytes) -> tuple[Program, dict[str, Any]]:
+def _unpack(data: bytes) -> Saved:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = archive.namelist()
-        missing = [name for name in (*MEMBERS, "digest.json") if name not in names]
-        if missing:
-            raise PackageError(f"the file is not a saved fxpass model: it holds no {missing[0]}")
-        members = {name: archive.read(name) for name in names}
-    digest = json.loads(members["digest.json"])
-    for name in MEMBERS:
-        if hashlib.sha256(members[name]).hexdigest() != digest[name]:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    digest = json.loads(members.pop("digest.json", b"null"))
+    missing = [name for name in (*MEMBERS, *(digest or ())) if name not in members]
+    if missing or digest is None:
+        raise PackageError(f"the file is not a saved fxpass model: it holds no {(*missing, 'digest.json')[0]}")
+    for name, found in _digests(members).items():
+        if digest.get(name) != found:
             raise PackageError(f"the file was altered after it was saved: {name} differs from its digest")
     facts = json.loads(members["package.json"])
     if facts["format"] > FORMAT:
         raise PackageError(
             f"the file has format {facts['format']}, this fxpass reads up to {FORMAT}", hint="pip install -U fxpass"
         )
-    weights = np.load(io.BytesIO(members["weights.npz"]), allow_pickle=False)
-    return program_from_json(json.loads(members["program.json"]), {k: weights[k] for k in weights.files}), facts
+    weights = _arrays(members["weights.npz"])
+    program = program_from_json(json.loads(members["program.json"]), weights)
+    report = Report.from_json(facts["report"], read_receipt=Receipt.from_json)
+    return Saved(program, facts["family"], facts["facts"], report, _unpack_lowered(members, program, weights))
 
 
-def _weights(program: Program) -> bytes:
+def _unpack_lowered(members: dict[str, bytes], program: Program, weights: dict[str, np.ndarray]) -> Lowered | None:
+    """What the file says that ``program`` was lowered to, if it says so of this program."""
+    if "lowered.json" not in members:
+        return None
+    data = json.loads(members["lowered.json"])
+    if data["of"] != _digests({name: members[name] for name in LOWERED_FROM}):
+        return None
+    lowered = program_from_json(data["program"], {**weights, **_arrays(members["lowered.npz"])})
+    if (lowered.inputs, lowered.outputs) != (program.inputs, program.outputs):
+        raise PackageError("the program and what it was lowered to have other inputs or outputs")
+    return Lowered(lowered, data["made_by"])
+
+
+def _digests(members: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(member).hexdigest() for name, member in members.items()}
+
+
+def _arrays(data: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _weights(program: Program, known: Program | None = None) -> bytes:
+    """An archive of the weights, of those alone that are not the same memory under the same name in ``known``."""
     arrays = {}
     for node in program.graph.find_nodes(op="get_attr"):
-        tensor = getattr(program.graph_module, str(node.target)).detach().cpu()
-        arrays[str(node.target)] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        name = str(node.target)
+        tensor = getattr(program.graph_module, name).detach()
+        if known is None or not _same_memory(tensor, getattr(known.graph_module, name, None)):
+            tensor = tensor.cpu()
+            arrays[name] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor | None) -> bool:
+    if b is None or (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
+        return False
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
 
 # --- programs as data
@@ -258,9 +302,9 @@ def program_from_json(data: dict[str, Any], arrays: dict[str, np.ndarray]) -> Pr
             or an input, a weight or a keyword by what is not a name.
     """
     root = nn.Module()
-    for name, array in arrays.items():
-        tensor = torch.from_numpy(array)
-        if data["dtypes"][name] == "bfloat16":
+    for name, dtype in data["dtypes"].items():
+        tensor = torch.from_numpy(arrays[name])
+        if dtype == "bfloat16":
             tensor = tensor.view(torch.bfloat16)
         root.register_buffer(name, tensor)
     graph = fx.Graph()

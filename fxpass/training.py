@@ -72,12 +72,20 @@ class Trainable(nn.Module):
     forces: Program
     constants: dict[str, Tensor]
 
-    def __init__(self, original: nn.Module, interface: nn.Module, energy: Differentiable, forces: Differentiable):
+    def __init__(
+        self,
+        original: nn.Module,
+        interface: nn.Module,
+        energy: Differentiable,
+        forces: Differentiable,
+        unused: Collection[str] = (),
+    ):
         super().__init__()
         held = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         self.__dict__.update({name: getattr(original, name) for name in held})  # a parent sees the original's names
         self.__dict__.update(original=original, interface=interface, training=original.training)
-        constants = {n: t.detach().clone() for n, t in _fixed(original, {*energy.names, *forces.names}).items()}
+        live = {*energy.names, *forces.names, *unused}
+        constants = {n: t.detach().clone() for n, t in _fixed(original, live).items()}
         # beside the original's parts, some of which may have these names
         self.__dict__.update(energy=energy.program, forces=forces.program, constants=constants)
         interface.train(original.training)
@@ -87,7 +95,7 @@ class Trainable(nn.Module):
 
         Raises:
             UsageError: what is a constant of the program has changed since it was made: a buffer of the original, or
-                a frozen parameter that is no input of the program.
+                a frozen parameter that is no input of the program and changes what it computes.
         """
         self._check()
         given = [*_tensors(args), *_tensors(kwargs.values())]
@@ -192,12 +200,12 @@ def trainable(model: nn.Module | str | Path) -> Trainable:
         for caveat in frontend.reference(model)[1]:
             warnings.warn(f"fxpass: {caveat}", stacklevel=2)
         captured, names = with_parameters(frontend.capture(model))
-        _check_lost(model, frontend, facts, set(names.values()))
+        unused = _unused(model, frontend, facts, set(names.values()))
         energy = run(captured, resolve(ENERGY, registry), check=verify).program
         forces = _attached(run(energy, resolve(FORCES, registry), check=verify).program)
         first, second = (Differentiable(each, model, tuple(names.values())) for each in (energy, forces))
         interface = frontend.interface(first, second, {**facts, "assumptions": list(forces.assumptions)})
-    return Trainable(model, interface, first, second)
+    return Trainable(model, interface, first, second, unused)
 
 
 def with_parameters(program: Program) -> tuple[Program, dict[str, str]]:
@@ -233,33 +241,43 @@ def _attached(program: Program) -> Program:
     return program
 
 
-def _check_lost(model: nn.Module, frontend: Frontend, facts: Mapping[str, Any], kept: set[str]) -> None:
-    """Refuse parameters that are no inputs of the program and yet change what the model computes.
+def _unused(model: nn.Module, frontend: Frontend, facts: Mapping[str, Any], kept: set[str]) -> list[str]:
+    """Parameters that are no inputs of the program, and do not change what the model computes.
 
-    Frozen ones may: see ``Trainable.constants``.
+    Frozen ones that do are constants: see ``Trainable.constants``.
+
+    Raises:
+        CaptureError: one that requires a gradient does.
     """
-    replica = copy_model(model)
-    lost = [(n, p) for n, p in replica.named_parameters() if p.requires_grad and n not in kept and p.numel()]
+    replica = copy_model(model).eval()
+    lost = [(n, p) for n, p in replica.named_parameters() if n not in kept and p.numel() and p.is_floating_point()]
     if not lost:
-        return
-    probes = probes_of(facts)
+        return []
+    probes, unused = probes_of(facts), []
 
     def values() -> list[float]:
         found = [frontend.evaluate(replica, probe) for probe in probes]
         return [v for each in found for v in (each.energy, *each.forces.flatten())]
 
-    before = values()
-    for name, parameter in lost:
+    def changed(parameter: Tensor, by: float) -> list[float]:
         old = parameter.detach().clone()
         with torch.no_grad():
-            parameter.add_(0.25)
+            parameter.add_(by)
             after = values()
             parameter.copy_(old)
-        if not np.array_equal(before, after, equal_nan=True):
+        return after
+
+    before = values()
+    for name, parameter in lost:
+        # by little and by much: it may be a bound that is nowhere met, or rounded
+        if all(np.array_equal(before, changed(parameter, by), equal_nan=True) for by in (0.25, -2.0)):
+            unused.append(name)
+        elif parameter.requires_grad:
             raise CaptureError(
                 f"the parameter {name} changes what the model computes, but is no parameter of the captured program",
                 hint="requires_grad_(False) for it, if it need not be trained, and then fxpass.trainable(model)",
             )
+    return unused
 
 
 @dataclass(frozen=True)
@@ -313,7 +331,14 @@ class Differentiable(nn.Module):
         """The graphs for gradients by the inputs that ``needs`` has true."""
         if needs not in self.made:
             with torch.inference_mode(False), torch.enable_grad():
-                self.made[needs] = _split(_joint(self.program, needs), len(self.program.outputs), len(needs))
+                try:
+                    joint = _joint(self.program, needs)
+                except NotImplementedError as error:  # an op that torch differentiates no further
+                    raise UnsupportedModelError(
+                        f"this model has no gradient by its parameters: {str(error).splitlines()[0]}",
+                        hint="the same from ops that torch differentiates twice, in the model",
+                    ) from error
+                self.made[needs] = _split(joint, len(self.program.outputs), len(needs))
         return self.made[needs]
 
 
@@ -471,9 +496,9 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
 
 
-def _fixed(model: nn.Module, inputs: Collection[str]) -> dict[str, Tensor]:
-    """Buffers, and frozen parameters that are not among the inputs of programs."""
-    parameters = {n for n, p in model.named_parameters() if n in inputs or p.requires_grad}
+def _fixed(model: nn.Module, live: Collection[str]) -> dict[str, Tensor]:
+    """Buffers, and frozen parameters that are not ``live``: neither inputs of programs nor of no use to them."""
+    parameters = {n for n, p in model.named_parameters() if n in live or p.requires_grad}
     return {name: value for name, value in _named(model) if name not in parameters and value.numel()}
 
 

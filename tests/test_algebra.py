@@ -10,13 +10,7 @@ import sympy
 import torch
 
 from fxpass._torch_compat import o3
-from fxpass.algebra.contraction import Contraction
-from fxpass.algebra.couplings import coupling, exact
-from fxpass.algebra.equivariant import (
-    EquivariantPolynomial,
-    Factor,
-    Segment,
-    Term,
+from fxpass.algebra.constructions import (
     independent,
     of_contraction,
     of_linear,
@@ -25,6 +19,9 @@ from fxpass.algebra.equivariant import (
     of_tensor_product,
     symmetric_contractions,
 )
+from fxpass.algebra.contraction import Contraction
+from fxpass.algebra.couplings import coupling, exact
+from fxpass.algebra.equivariant import EquivariantPolynomial, Factor, Segment, Term
 from fxpass.algebra.irreps import clebsch_gordan
 from fxpass.algebra.multilinear import Linear, LinearPath, Path, TensorProduct, parse_linear
 from fxpass.algebra.polynomial import Polynomial

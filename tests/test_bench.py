@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from fxpass.cli import bench, main
 from fxpass.cli.measure import Peaks, by_turns, crystal, peak_memory, threads
 from fxpass.ir.cost import Amount
-from fxpass.structures import neighbour_list
+from fxpass.structures import Neighbours, Structure, neighbour_list
 
 pytestmark = pytest.mark.once
 
@@ -121,6 +122,55 @@ def test_several_results_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert next(iter(steps)) == "captured"
     assert steps["dead-irreps"]["expected"] < 0.95 * steps["captured"]["expected"]
     assert all(step["median"] > 0 for step in steps.values())
+
+
+class Parts:
+    """A family that calls the parts of a ``Sequential`` by itself, and everything else as it is."""
+
+    def evaluate(self, model: Any, structure: Structure, neighbours: Neighbours = neighbour_list) -> Tensor:
+        data = {"edges": torch.tensor(neighbours(structure, 3.0)[0])}
+        for part in model if isinstance(model, torch.nn.Sequential) else [model]:
+            data = part(data)
+        return data["edges"]
+
+
+class Shift(torch.nn.Module):
+    """Writes into what it is given, as some models do."""
+
+    def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        data["edges"] += 1
+        return data
+
+
+def test_models_that_their_family_runs_part_by_part_are_timed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure, family = crystal(4, [29], 3.0), Parts()
+    parts, one = torch.nn.Sequential(Shift(), Shift()), Shift()
+    edges = family.evaluate(torch.nn.Sequential(), structure)
+    for modules, whole in (({"a": one, "b": one}, False), ({"a": parts, "b": one}, True)):
+        calls, told = bench.calls_of(modules, family, structure)  # type: ignore[arg-type]
+        assert told is whole
+        for _ in range(2):
+            found = calls["b"]()
+            assert torch.equal(found if whole else found["edges"], edges + 1)  # type: ignore[call-overload,index]
+    assert torch.equal(calls["a"](), edges + 2)  # type: ignore[arg-type]
+    monkeypatch.setattr(bench, "neighbour_list", None)
+    calls["a"]()  # the list is made once
+
+
+@pytest.mark.sevenn
+def test_modalities_in_float64(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """SevenNet's own ``forward`` knows neither, so its modules are called one by one."""
+    from test_sevennet import MODAL
+    from test_sevennet import build as sevennet
+
+    model = sevennet(**MODAL, num_convolution_layer=1, channel=2, lmax=1)
+    monkeypatch.setattr(bench.options, "find_model", lambda _: model)
+    words = ["bench", "some.pth", "-p", "dead-code", "--atoms", "4", "--repeat", "1", "--no-verify", "--json"]
+    assert main(words) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["dtype"] == "float64"
+    (row,) = done["timings"]
+    assert row["computes"] == "energy, forces, stress, from the structure on" and row["ratio"] > 0
 
 
 # --- benchmarks/speed.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from fxpass.frontends.energy import EnergyFrontend, batch_of
 from fxpass.frontends.energy_interface import Potential
 from fxpass.ir import ops
 from fxpass.optimized import Optimized
-from fxpass.structures import FCC, Structure, probe_structures
+from fxpass.structures import FCC, Structure, neighbour_list, probe_structures
 from fxpass.training import trainable
 from fxpass.verify.physics import deviation, force_error, stress_error
 
@@ -355,7 +356,7 @@ def test_an_input_that_does_not_matter_has_a_gradient_of_zero() -> None:
             self.constant = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
 
         def forward(self, positions: Tensor, cell: Tensor) -> Tensor:
-            return self.constant * ((positions - positions.mean(0)) ** 2).sum(1)
+            return self.constant * ((positions - positions.mean(0)) ** 2).sum()
 
     model = Potential(Springs())
     assert model.arguments == ["positions", "cell"]
@@ -386,6 +387,103 @@ def test_parameters_get_the_originals_gradients(name: str) -> None:
     for key, expected in found[0].items():
         torch.testing.assert_close(found[1][key], expected, rtol=1e-9, atol=1e-12)
     assert any(float(g.abs().max()) > 1e-3 for g in found[0].values())
+
+
+# Force fields that users write, against autograd written out
+
+
+class StillingerWeber(nn.Module):
+    """Silicon (Phys. Rev. B 31, 5262 (1985)): triples of edges as a tensor of edges x edges."""
+
+    numbers = (14,)
+    cutoff = 3.77118
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth, self.length, self.angular, self.decay = (ff.parameter(v) for v in (2.1683, 2.0951, 21.0, 1.2))
+
+    def forward(self, edge_vectors: Tensor, edge_index: Tensor, batch: Tensor, cell: Tensor) -> Tensor:
+        centre, r = edge_index[0], edge_vectors.norm(dim=1)
+        x = r / self.length
+        inside = x < 1.8 - 1e-6
+        gap = torch.where(inside, x - 1.8, -torch.ones_like(x))
+        pairs = torch.where(inside, 7.049556277 * (0.6022245584 * x**-4 - 1) * torch.exp(1 / gap), torch.zeros_like(x))
+        h = torch.where(inside, torch.exp(self.decay / gap), torch.zeros_like(x))
+        u = edge_vectors / r[:, None]
+        triples = (centre[:, None] == centre) & ~torch.eye(r.shape[0], dtype=torch.bool)
+        angles = self.angular * (triples * h[:, None] * h * (u @ u.T + 1 / 3) ** 2).sum(1)
+        return self.depth * r.new_zeros(cell.shape[0]).index_add(0, batch[centre], 0.5 * (pairs + angles))
+
+
+class EmbeddedAtom(nn.Module):
+    """Density and embedding from tables of cubics, in which a value is looked up by its integer part."""
+
+    numbers = (28, 29)
+    cutoff = 4.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.density, self.embedding = (
+            nn.Parameter(0.1 * torch.randn(2, knots, 4, generator=generator, dtype=torch.float64)) for knots in (20, 6)
+        )
+
+    def forward(self, edge_vectors: Tensor, edge_index: Tensor, node_attrs: Tensor) -> Tensor:
+        def table(rows: Tensor, species: Tensor, x: Tensor) -> Tensor:
+            knot = x.detach().floor().long().clamp(0, rows.shape[1] - 1)
+            t, c = x - knot, rows[species, knot]
+            return c[:, 0] + t * (c[:, 1] + t * (c[:, 2] + t * c[:, 3]))
+
+        species, r = node_attrs.argmax(1), edge_vectors.norm(dim=1)
+        pairs = table(self.density, species[edge_index[1]], 4 * r) * (1 - (r / self.cutoff) ** 2) ** 3
+        density = r.new_zeros(node_attrs.shape[0]).index_add(0, edge_index[0], pairs**2)
+        return table(self.embedding, species, density)
+
+
+def by_hand(energy: nn.Module, structure: Structure) -> list[Tensor]:
+    """Energy, forces and virial, and what a loss on them gives by the parameters."""
+    positions = torch.tensor(structure.positions, requires_grad=True)
+    strain = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+    deform = torch.eye(3, dtype=torch.float64) + 0.5 * (strain + strain.T)
+    cell = torch.tensor(structure.cell * np.array(structure.pbc)[:, None])
+    pairs, units = (torch.tensor(each) for each in neighbour_list(structure, energy.cutoff))
+    species = torch.tensor([energy.numbers.index(z) for z in structure.numbers])
+    given = {
+        "edge_vectors": (positions[pairs[1]] - positions[pairs[0]] + units @ cell) @ deform,
+        "edge_index": pairs,
+        "node_attrs": nn.functional.one_hot(species, len(energy.numbers)).double(),
+        "batch": torch.zeros_like(species),
+        "cell": cell[None] @ deform,
+    }
+    value = energy(**{name: given[name] for name in Potential(energy).arguments}).sum()
+    slopes = torch.autograd.grad(value, (positions, strain), create_graph=True, materialize_grads=True)
+    return [value, *(-slope for slope in slopes), *learned(energy, value, -slopes[0], -slopes[1])]
+
+
+def learned(energy: nn.Module, value: Tensor, forces: Tensor, virial: Tensor) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 2, forces.numel(), dtype=torch.float64).view_as(forces)
+    loss = 0.1 * value + (weights * forces).sum() + forces.square().mean() + virial.square().mean()
+    return torch.autograd.grad(loss, list(energy.parameters()), materialize_grads=True)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:fxpass")  # the tables are random, and jump from one knot to the next
+@pytest.mark.parametrize("energy", [StillingerWeber(), EmbeddedAtom()])
+def test_force_fields_against_autograd_by_hand(energy: nn.Module) -> None:
+    model = Potential(energy)
+    fast, native = trainable(model), fxpass.optimize(model, "exact", target="native")
+    z = energy.numbers[0]
+    tiny = Structure([z], np.ones((1, 3)), 2.3 * np.eye(3) + 0.1, (True, True, True))
+    apart = Structure([z, z], 20 * np.eye(3)[:2], np.zeros((3, 3)), (False, False, False))
+    for structure in (*structures(model), tiny, apart):
+        expected = by_hand(energy, structure)
+        for potential in (native, fast):
+            found = potential(batch_of([structure], model), compute_stress=True, training=potential is fast)
+            values = [found["energy"].sum(), found["forces"], found["virial"][0]]
+            if potential is fast:
+                values += learned(energy, *values)
+            for one, other in zip(values, expected, strict=potential is fast):
+                torch.testing.assert_close(one, other.detach(), rtol=1e-10, atol=1e-10, check_dtype=True)
 
 
 # A plain deep potential, and its compression
@@ -482,6 +580,54 @@ class Detached(Pairs):
         return super().forward(edge_vectors.detach(), edge_index, species)
 
 
+HELIUM = Structure([2, 2], np.eye(3)[:2], np.zeros((3, 3)), (False, False, False))
+
+
+class Inverse(Pairs):
+    """For periodic structures alone, which nothing says."""
+
+    def forward(self, positions: Tensor, cell: Tensor) -> Tensor:  # type: ignore[override]
+        return self.scale * torch.cos(2 * math.pi * positions @ torch.linalg.inv(cell[0])).sum()
+
+
+class Divided(Pairs):
+    def forward(self, positions: Tensor, cell: Tensor) -> Tensor:  # type: ignore[override]
+        centred = positions - positions.mean(0)
+        return self.scale * (centred**2).sum() / torch.linalg.det(cell[0])
+
+
+class Roots(Pairs):
+    def forward(self, positions: Tensor) -> Tensor:  # type: ignore[override]
+        return self.scale * ((positions - positions.mean(0)) ** 2).sum(1).sqrt().sum()
+
+
+class OneTotal(Pairs):
+    def forward(self, edge_vectors: Tensor, edge_index: Tensor, species: Tensor) -> Tensor:
+        return super().forward(edge_vectors, edge_index, species).sum().reshape(1)
+
+
+class Spread(Pairs):
+    """Springs to the centre of the whole batch."""
+
+    def forward(self, positions: Tensor) -> Tensor:  # type: ignore[override]
+        return self.scale * ((positions - positions.mean(0)) ** 2).sum(1)
+
+
+class Single(Pairs):
+    """Of one type, whatever it is given."""
+
+    def forward(self, edge_vectors: Tensor, edge_index: Tensor, species: Tensor) -> Tensor:
+        pairs = self.scale * torch.exp(-edge_vectors.norm(dim=1))
+        return torch.zeros(species.shape[0], dtype=torch.float32).index_add(0, edge_index[0], pairs)
+
+
+class Walled(Pairs):
+    """A spring along z to a place in space, beside pairs."""
+
+    def forward(self, edge_vectors: Tensor, edge_index: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(edge_vectors, edge_index, positions) + 0.01 * positions[:, 2] ** 2
+
+
 @pytest.mark.parametrize(
     ("energy", "complaint"),
     [
@@ -492,6 +638,29 @@ class Detached(Pairs):
         (bad(numbers=(1, 1)), r"its numbers are \(1, 1\)"),
         (bad(numbers=(1.5,)), r"its numbers are \(1.5,\)"),
         (bad(numbers=()), r"its numbers are \(\)"),
+        (bad(numbers=None), "its numbers are None"),
+        (bad(numbers=1), "its numbers are 1"),
+        (bad(numbers="H"), "its numbers are H"),
+        (bad(numbers=((1, 8),)), r"its numbers are \(\(1, 8\),\)"),
+        (bad(numbers=(1, 999)), r"its numbers are \(1, 999\)"),
+        (bad(cutoff="far"), "its cutoff is far"),
+        (bad(cutoff=(3.0, 4.0)), r"its cutoff is \(3.0, 4.0\)"),
+        (bad(cutoff=float("nan")), "its cutoff is nan"),
+        (bad(atoms="three"), "its atoms are three"),
+        (bad(atoms=2.5), "its atoms are 2.5"),
+        (bad(atoms=0), "its atoms are 0"),
+        (bad(atoms=True), "its atoms are True"),
+        (bad(examples="water.xyz"), "its examples hold a str"),
+        (bad(examples=(np.zeros((2, 3)),)), "its examples hold a ndarray"),
+        (bad(examples=(HELIUM,)), "unknown species He"),
+        (bad(examples=(replace(HELIUM, numbers=[], positions=np.zeros((0, 3))),)), "has no atoms"),
+        (Inverse(), r"raises _LinAlgError on cluster \(5 atoms, periodic along 0 vectors\)"),
+        (Divided(), r"its energy of cluster, 5 atoms, is \[(inf|nan)\]"),
+        (Roots(), "its forces on atom, 1 atoms, are not numbers"),
+        (OneTotal(), r"for 6 structures its forward returns a tensor of shape \[1\]"),
+        (Spread(), r"energies of 6 structures in one batch are .* eV off"),
+        (Single(), r"raises RuntimeError on alloy .* must have the same scalar type"),
+        (Walled(), r"when all atoms of .* move together, its energy changes by .* eV an atom and its forces by"),
         (bad(atoms=3), "it is for 3 atoms and names no example of that size"),
         (Edges(), r"for 12 atoms its forward returns a tensor of shape \[\d+\]"),
     ],
@@ -500,6 +669,90 @@ def test_what_is_no_energy_function_is_refused(energy: nn.Module, complaint: str
     with pytest.raises(UnsupportedModelError, match=complaint) as caught:
         fxpass.optimize(energy)
     assert caught.value.hint
+
+
+def test_an_external_field_is_told_with_its_numbers() -> None:
+    field = Walled()
+    field.external_field = True
+    optimized = fxpass.optimize(field, "exact")
+    told = [w for w in optimized.report.warnings if "after translation of" in w]
+    assert len(told) == 1 and re.search(r"energy changes by \d\S* eV an atom and its forces by 0.0\d+ eV/A", told[0])
+    assert optimized.report.receipt.passed
+    assert FRONTEND.reference(Pairs())[1] == FRONTEND.reference(Mixture())[1] == ()
+
+
+def test_what_differs_in_training_mode_is_told() -> None:
+    class Noisy(Pairs):
+        def forward(self, edge_vectors: Tensor, edge_index: Tensor, species: Tensor) -> Tensor:
+            energy = super().forward(edge_vectors, edge_index, species)
+            return nn.functional.dropout(energy, 0.5, self.training)
+
+    state = torch.random.get_rng_state()
+    with pytest.warns(UserWarning, match=r"in training mode its energies of alloy differ by \d"):
+        trainable(Noisy())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_single_atoms_have_energies_of_what_the_function_says() -> None:
+    ones = [Structure([8], np.ones((1, 3)), np.zeros((3, 3)), (False, False, False))] * 3
+    for energy, names in ((Compressed(), {"energy", "forces"}), (Mixture(), {"energy", "node_energy", "forces"})):
+        potential = Potential(energy)
+        assert potential(batch_of(ones, potential)).keys() == names
+
+
+def test_forces_that_are_no_derivative_are_told() -> None:
+    class Weighted(Pairs):
+        def forward(self, edge_vectors: Tensor, edge_index: Tensor, species: Tensor) -> Tensor:
+            energy = super().forward(edge_vectors, edge_index, species)
+            return energy * energy.detach()
+
+    told = EnergyFrontend().reference(Weighted())[1]
+    assert len(told) == 2 and re.match(r"its forces are \d\S* eV/A off the derivative of its energy, on", told[0])
+    assert told[1].startswith("its stress is")
+
+
+def test_a_potential_of_what_is_no_energy_function_is_refused() -> None:
+    for energy in (bad(numbers=None), bad(cutoff="far"), bad(atoms="three"), Foreign()):
+        with pytest.raises(UnsupportedModelError) as caught:
+            Potential(energy)
+        assert caught.value.hint and caught.value.where.source
+    with pytest.raises(UnsupportedModelError, match="a function is no energy function"):
+        Potential(lambda positions: positions.sum())  # type: ignore[arg-type]
+
+
+def test_members_of_a_committee_return_energies_of_the_same() -> None:
+    class Total(Pairs):
+        def forward(self, edge_vectors: Tensor, edge_index: Tensor, species: Tensor) -> Tensor:
+            return super().forward(edge_vectors, edge_index, species).sum()
+
+    members = [fxpass.optimize(energy, "differentiate", verify=False) for energy in (Pairs(), Total())]
+    with pytest.raises(UsageError, match="member 0 has atom, member 1 has total"):
+        fxpass.optimize(members)
+
+
+class OneDihedral(nn.Module):
+    """Four atoms in a row; each column of a list of one row is a tensor of one number that keeps the stride of four."""
+
+    numbers = (6,)
+    atoms = 4
+
+    def __init__(self, constant: float = 0.3) -> None:
+        super().__init__()
+        self.term = ff.ProperDihedrals([(0, 1, 2, 3)], [constant, 0.2], [0.0, math.pi])
+        chain = np.array([[-0.63, -1.31, 0.52], [0, 0, 0], [1.54, 0, 0], [2.17, 0.92, 1.08]])
+        self.examples = [Structure([6] * 4, chain, np.zeros((3, 3)), (False, False, False), "chain")]
+
+    def forward(self, positions: Tensor, cell: Tensor) -> Tensor:
+        return self.term(positions, cell[0])
+
+
+def test_a_topology_of_one_row() -> None:
+    members = [fxpass.optimize(OneDihedral(constant), "differentiate", verify=False) for constant in (0.3, 0.4)]
+    data = batch_of(OneDihedral().examples, Potential(OneDihedral()))
+    expected = torch.stack([member(data)["energy"] for member in members])
+    native = fxpass.optimize(OneDihedral(), "exact", target="native", verify=False)
+    same(native(data), members[0](data))
+    torch.testing.assert_close(fxpass.optimize(members)(data)["energy_comm"], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_an_energy_that_no_forces_come_from_is_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ from torch import Tensor, nn
 import fxpass
 from fxpass._torch_compat import o3 as imported
 from fxpass.errors import CaptureError, PackageError, UnsupportedModelError, UsageError, VerificationError
+from fxpass.functions import FunctionJudge, read_example
 from fxpass.functions.signature import Signature, flatten, unflatten
+from fxpass.targets.eager import EagerTarget
+from fxpass.verify.receipt import Receipt
 from fxpass_passes.legalize_custom_ops import LegalizeCustomOps
 
 o3 = imported()
@@ -208,7 +213,9 @@ def test_the_meaning_of_e3nn_modules_is_kept() -> None:
 @pytest.mark.parametrize("name", ["spherical harmonics", "product"])
 def test_symmetry_is_in_the_receipt(name: str) -> None:
     module, inputs = made(name)
-    receipt = fxpass.optimize(module, example_inputs=inputs).report.receipt
+    report = fxpass.optimize(module, example_inputs=inputs).report
+    receipt = report.receipt
+    assert report.warnings == ()
     checks = {row.check for row in receipt.rows}
     assert {"values", "gradient", "gradient in float64", "rotation", "inversion"} <= checks
     assert {"batch = 1", "batch = 0", "larger"} <= {row.structure for row in receipt.rows}
@@ -348,6 +355,10 @@ def test_what_cannot_be_compiled_is_refused(module: nn.Module, error: type[Excep
         ({"example_inputs": (torch.ones(2, 3),), "dynamic": {"input": {2: "n"}}}, "names the axis 2"),
         ({"example_inputs": (torch.ones(2, 3),), "dynamic": {"input": {0: "graphs"}}}, "calls a size 'graphs'"),
         ({"dynamic": {"input": {0: "n"}}}, "example_inputs, which are missing"),
+        ({"example_inputs": (torch.ones(2, 3),), "dynamic": ["input"]}, "dynamic is a list"),
+        ({"example_inputs": (torch.ones(2, 3),), "dynamic": {"input": 0}}, "dynamic gives a int for input"),
+        ({"example_inputs": (torch.ones(2, 3),), "dynamic": {"input": {True: "n"}}}, "names the axis True of input"),
+        ({"example_inputs": (torch.ones(2, 3).to_sparse(),)}, "input is a sparse_coo tensor"),
     ],
 )
 def test_senseless_arguments_are_refused(options: dict[str, Any], told: str) -> None:
@@ -528,3 +539,314 @@ class Single(nn.Module):
 def test_a_module_of_one_type_is_compared_in_it_and_told() -> None:
     report = fxpass.optimize(Single(), example_inputs=(torch.rand(7, 3),)).report
     assert report.receipt.passed and any("in its own type alone" in warning for warning in report.warnings)
+
+
+class Filled(nn.Module):
+    """Small numbers beside a fill value, and ones that are far larger."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = (self.factor * x).masked_fill(x > 0.5, -1e9)
+        return torch.cat([scores / 3**0.5, 1e7 * x, 1e-12 * self.factor * x], dim=1)
+
+
+def judged(module: nn.Module, other: nn.Module, *inputs: Tensor) -> Receipt:
+    """What the receipt of ``module`` would be, were ``other`` its drop-in."""
+    example = read_example(module, inputs)
+    judge = FunctionJudge(module, example, example.facts(module), EagerTarget())
+    return judge.receipt(other, example.capture(other), judge.probes()[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fill_values_hide_no_error(dtype: torch.dtype) -> None:
+    x = torch.rand(7, 5, dtype=dtype)
+    assert judged(Filled(1.0), Filled(1.0), x).passed
+    receipt = judged(Filled(1.0), Filled(1.0001), x)
+    assert "values" in {row.check for row in receipt.failures}
+
+
+class Cancels(nn.Module):
+    """Zeros by symmetry, in an order of operations that ``turn`` chooses; and a threshold that a value is equal to."""
+
+    def __init__(self, turn: bool = False) -> None:
+        super().__init__()
+        self.turn = turn
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = 1e3 + x
+        mean = large.flip(1).cumsum(1)[:, -1:] / 5 if self.turn else large.mean(1, keepdim=True)
+        total = large.softmax(1).flip(1).cumsum(1)[:, -1:] if self.turn else large.softmax(1).sum(1, keepdim=True)
+        product = (x.flip(1) * x).flip(1) if self.turn else x * x.flip(1)
+        kept = x.masked_fill(x < x.topk(2).values[:, -1:], -torch.inf)
+        rest = large - mean
+        return torch.cat([rest, rest.sum(1, keepdim=True), total - 1, product - x.flip(1) * x, kept], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_cancels_raises_no_alarm(dtype: torch.dtype) -> None:
+    receipt = judged(Cancels(), Cancels(turn=True), torch.rand(7, 5, dtype=dtype))
+    assert receipt.passed, receipt.summary()
+
+
+class Strict(nn.Module):
+    """Takes what float32 holds alone, and so no noise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.equal(x, x.float().to(x.dtype)):
+            raise ValueError("not of float32")
+        return 3.0 * x
+
+
+class Tripled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x + x
+
+
+def test_a_module_that_refuses_noise_is_held_to_its_largest_element() -> None:
+    receipt = judged(Strict(), Tripled(), torch.rand(5, 3))
+    assert receipt.passed
+    assert all("largest element, as the original does not run with noise" in row.note for row in receipt.rows[:1])
+
+
+class Incomplete(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.igamma(x, x)  # has no derivative by the first
+
+
+class Cut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach() * 2
+
+
+@pytest.mark.parametrize(("module", "told"), [(Incomplete(), "not implemented"), (Cut(), "cut from its inputs")])
+def test_gradients_that_are_not_compared_are_told(module: nn.Module, told: str) -> None:
+    report = fxpass.optimize(module, example_inputs=(torch.rand(5, 3),)).report
+    assert {row.check for row in report.receipt.rows} == {"values"}
+    assert any("gradients are not compared" in warning and told in warning for warning in report.warnings)
+
+
+class Complex(nn.Module):
+    def __init__(self, cut: bool = False) -> None:
+        super().__init__()
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_complex(torch.stack([x.sin(), (2 * x).detach() if self.cut else 2 * x], dim=-1))
+
+
+def test_gradients_of_complex_results_are_compared() -> None:
+    x = torch.rand(5, 3)
+    assert fxpass.optimize(Complex(), example_inputs=(x,)).report.receipt.passed
+    receipt = judged(Complex(), Complex(cut=True), x)
+    assert {row.check for row in receipt.failures} == {"gradient", "gradient in float64"}
+
+
+class Writes(nn.Module):
+    """Parts of tensors are written in the ways that models do it."""
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        table = torch.zeros(x.shape[0], 4, dtype=x.dtype)
+        table[:, 0::2] = x[:, :2].sin()
+        table[:, 1::2] = x[:, :2].cos()
+        out = torch.empty_like(x)
+        out[:, 0], out[:, 1:] = x[:, 2], x[:, :2]
+        out[index] = x[index, :1]
+        out[out > 0.9] = -1.0
+        out[:, 1].mul_(table[:, 0])
+        nn.functional.relu6(out.t()[2], inplace=True)
+        return torch.cat([table, out], dim=1).clamp_(max=0.8)
+
+
+@pytest.mark.parametrize("target", [pytest.param("torchscript", marks=LONGER), "native"])
+def test_writes_into_parts_of_tensors(target: str) -> None:
+    module, x, index = Writes(), torch.rand(7, 3), torch.tensor([0, 2, 5])
+    drop_in = fxpass.optimize(module, example_inputs=(x, index), target=target)
+    assert {"values", "gradient in float64"} <= {row.check for row in drop_in.report.receipt.rows}
+    for count in (7, 9):
+        x = torch.rand(count, 3)
+        torch.testing.assert_close(drop_in(x, index), module(x, index))
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x.sum(0))
+        return x + self.total
+
+
+class Diagonal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        part = (x * 2)[:, :2]
+        return part.fill_diagonal_(0.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (Counts(), r"writes to a buffer or weight of its own.*test_functions.py:\d+.*return the new value"),
+        (Diagonal(), r"cannot be made functional.*test_functions.py:\d+.*torch\.where"),
+    ],
+)
+def test_writes_that_cannot_be_are_refused_with_their_line(module: nn.Module, told: str) -> None:
+    with pytest.raises(CaptureError, match=told):
+        fxpass.optimize(module, example_inputs=(torch.rand(7, 3),))
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.linear.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Builtin(nn.Module):
+    forward = torch.relu
+
+
+class Chosen(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nonzero(x > 0.5)
+
+
+INDICES = torch.tensor([0, 1, 1, 0, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "error", "told"),
+    [
+        (Keeps(), (torch.rand(5, 3),), UnsupportedModelError, r"cannot be copied.*module path linear\.lock"),
+        (Builtin(), (torch.rand(5, 3),), UsageError, "does not say which arguments"),
+        (Chosen(), (torch.rand(5, 3),), CaptureError, r"size of result depends on values.*test_functions\.py:\d+"),
+        (nn.Embedding(4, 3, max_norm=1.0), (INDICES,), UnsupportedModelError, "max_norm writes to its weight"),
+        (nn.EmbeddingBag(4, 3), (INDICES, torch.tensor([0, 2])), UnsupportedModelError, "bag has offsets"),
+    ],
+)
+def test_what_no_drop_in_can_hold_is_refused(
+    module: nn.Module, inputs: tuple[Tensor, ...], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        fxpass.optimize(module, example_inputs=inputs)
+
+
+class Late(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None = None, data: Any = None, pair: Any = None) -> Tensor:
+        return x * data["a"] + pair[0]
+
+
+def test_dicts_and_lists_behind_a_default_cannot_be_left_out() -> None:
+    x = torch.rand(5, 3)
+    drop_in = fxpass.optimize(Late(), example_inputs=(x, None, {"a": x}, (x, x)), verify=False)
+    assert torch.equal(drop_in(x, data={"a": x}, pair=[x, x]), x * x + x)
+    with pytest.raises(ValueError, match="data is left out or no dict"):
+        drop_in(x, pair=(x, x))
+    with pytest.raises(ValueError, match="pair is left out or no list"):
+        drop_in(x, data={"a": x})
+
+
+class Indexed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("columns", torch.tensor([0, -1]))
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return x[index][:, self.columns]
+
+
+def test_negative_indices_count_from_the_end() -> None:
+    x, index = torch.rand(7, 3), torch.tensor([0, -1, 3, -7, 2])
+    drop_in = fxpass.optimize(Indexed(), example_inputs=(x, index), target="native")
+    for count in (7, 9):
+        x = torch.rand(count, 3)
+        assert torch.equal(drop_in(x, index), Indexed()(x, index))
+    drop_in = fxpass.optimize(Indexed(), example_inputs=(x, index.abs()), verify=False)
+    with pytest.raises(ValueError, match="index holds indices from -7"):
+        drop_in(x, index)
+
+
+class Result(OrderedDict[str, Tensor]):
+    pass
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Result:
+        return Result(x=x.mul_(2.0))
+
+
+def test_what_a_caller_may_miss_is_told() -> None:
+    drop_in = fxpass.optimize(Scaled(), example_inputs=(torch.rand(7, 3),))
+    told = " ".join(drop_in.report.warnings)
+    assert "the module writes to its argument x" in told and "result, a Result, becomes a dict" in told
+    x = torch.ones(2, 3)
+    assert torch.equal(drop_in(x)["x"], 2 * x) and torch.equal(x, torch.ones(2, 3))
+
+
+class Turned(nn.Module):
+    """Its complex buffer would become real in float64."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("phases", factor * torch.polar(torch.ones(4), torch.arange(4.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * self.phases).flatten(-2)
+
+
+def test_a_module_that_is_another_in_float64_is_compared_in_its_own_type() -> None:
+    x = torch.rand(5, 8)
+    report = fxpass.optimize(Turned(), example_inputs=(x,)).report
+    assert any("in its own type alone" in warning for warning in report.warnings)
+    assert not judged(Turned(), Turned(1.001), x).passed
+
+
+class Template(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("template", torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.template.expand(x.shape[0], 3).clone()
+        rows[:, 1:] -= x[:, 1:]
+        return rows
+
+
+def test_a_clone_of_a_buffer_can_be_written_to() -> None:
+    module = Template()
+    drop_in = fxpass.optimize(module, example_inputs=(torch.rand(7, 3),))
+    x = torch.rand(4, 3)
+    torch.testing.assert_close(drop_in(x), module(x))
+
+
+class Halved(nn.Module):
+    """Computes a part in half precision, and keeps something that it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.shape[0]
+        return x.bfloat16().float() * 2
+
+
+def test_half_precision_inside_and_what_forward_keeps() -> None:
+    report = fxpass.optimize(Halved(), example_inputs=(torch.rand(7, 3),)).report
+    told = {row.check: row.note for row in report.receipt.rows}
+    assert "not compared in float64" in told["gradient"] and "gradient in float64" not in told
+    assert any("forward sets seen" in warning for warning in report.warnings)
+
+
+class Partly(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean = x.mean(0)
+        return x - mean
+
+
+def test_a_part_without_gradients_is_refused_for_them() -> None:
+    with pytest.raises(VerificationError, match=r"gradient in float64.*x\.detach\(\) in forward"):
+        fxpass.optimize(Partly(), example_inputs=(torch.rand(7, 3),))

@@ -32,7 +32,8 @@ ORDER = (
     {"render", "frontends", "targets", "jit"},
     {"package", "calibration", "lowering", "judge", "derivatives"},
     {"optimized"},
-    {"committee", "functions"},
+    {"committee", "functions", "opening"},
+    {"compilation", "subjects", "loading"},
     {"api"},
     {"cli", "testing", "training"},
     {"fxpass", "__main__"},  # the public names, and ``python -m fxpass``

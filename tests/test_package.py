@@ -24,7 +24,9 @@ import fxpass
 from fxpass import package
 from fxpass.ir.program import Program, TensorSpec
 from fxpass.ir.verifier import verify as verify_program
+from fxpass.lowering import fingerprint
 from fxpass.models import Settings, build, collate
+from fxpass.registry import default_registry
 from fxpass.structures import probe_structures
 
 pytestmark = pytest.mark.once
@@ -189,7 +191,7 @@ def archived(parts: dict[str, bytes]) -> bytes:
 
 def test_a_package_is_data_alone(whole: bytes) -> None:
     parts = members(whole)
-    assert sorted(parts) == ["digest.json", "package.json", "program.json", "weights.npz"]
+    assert parts.keys() == {"digest.json", "lowered.json", "lowered.npz", "package.json", "program.json", "weights.npz"}
     assert json.loads(parts["package.json"])["report"]["versions"]["torch"] == torch.__version__
     with zipfile.ZipFile(io.BytesIO(parts["weights.npz"])) as weights:
         names = weights.namelist()
@@ -314,14 +316,16 @@ def test_a_truncated_file(refused: Refused, whole: bytes, share: float) -> None:
     refused(whole[: int(share * len(whole))], "not a saved fxpass model, or it is truncated")
 
 
-@pytest.mark.parametrize("name", ["package.json", "program.json", "weights.npz", "digest.json"])
+@pytest.mark.parametrize(
+    "name", ["package.json", "program.json", "weights.npz", "digest.json", "lowered.json", "lowered.npz"]
+)
 def test_a_missing_member(refused: Refused, whole: bytes, name: str) -> None:
     parts = members(whole)
     del parts[name]
     refused(archived(parts), f"holds no {name}")
 
 
-@pytest.mark.parametrize("name", ["package.json", "program.json", "weights.npz"])
+@pytest.mark.parametrize("name", ["package.json", "program.json", "weights.npz", "lowered.json", "lowered.npz"])
 def test_a_flipped_byte_in_a_member(refused: Refused, whole: bytes, name: str) -> None:
     """Compressed again, so that the archive's own checksum is right."""
     parts = members(whole)
@@ -467,6 +471,101 @@ def test_an_argument_of_no_known_kind(refused: Refused, whole: bytes, value: dic
         first(nodes, "call_function")["args"] = [value]
 
     refused(forged(whole, change))
+
+
+# The lowered program of a file
+
+
+def edited(path: Path, **changed: Callable[[Any], Any]) -> None:
+    """The package with members changed, and what the lowered program says of them and all digests made to fit."""
+    parts = members(rewritten(path.read_bytes(), **changed))
+    digest = json.loads(parts["digest.json"])
+    lowered = json.loads(parts["lowered.json"])
+    lowered["of"] = {name: digest[name] for name in lowered["of"]}
+    path.write_bytes(rewritten(archived(parts), lowered=lambda _: lowered))
+
+
+def misfit(program: dict[str, Any]) -> dict[str, Any]:
+    """A program whose first product is one of tensors that do not fit."""
+    vectors = next(node for node in program["nodes"] if node["name"] == "edge_vectors")
+    called = next(node for node in program["nodes"] if node["op"] == "call_function")
+    called["target"], called["kwargs"] = "aten.mm.default", {"dict": {}}
+    called["args"] = [{"node": vectors["name"]}, {"node": vectors["name"]}]
+    return program
+
+
+@pytest.fixture
+def saved(whole: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "model.fxp"
+    path.write_bytes(whole)
+    return path
+
+
+def test_loading_lowers_nothing(result: fxpass.Optimized, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxpass.loading.legal", None)
+    loaded = fxpass.load(saved)
+    assert_same_bits(loaded, result, torch.float32)
+    assert loaded.report.warnings == ()
+    assert loaded.lowered is not None and result.lowered is not None
+    assert loaded.lowered.program.graph_module.code == result.lowered.program.graph_module.code
+    assert_same_bits(loaded.to(torch.float32), result, torch.float32)
+
+
+@pytest.mark.parametrize("stale", ["made elsewhere", "another program", "none"])
+def test_what_was_lowered_otherwise_is_lowered_anew(
+    result: fxpass.Optimized, whole: bytes, saved: Path, tmp_path: Path, stale: str
+) -> None:
+    if stale == "made elsewhere":
+        edited(saved, lowered=lambda lowered: {**lowered, "made_by": "another fxpass"})
+    elif stale == "another program":
+        saved.write_bytes(rewritten(whole, program=lambda program: {**program, "assumptions": ["x"]}))
+    else:
+        parts = {name: part for name, part in members(whole).items() if not name.startswith("lowered")}
+        saved.write_bytes(rewritten(archived(parts)))
+    loaded = fxpass.load(saved)
+    assert_same_bits(loaded, result, torch.float32)
+    (warning,) = loaded.report.warnings
+    assert "lowered anew" in warning and "save it again" in warning
+    loaded.save(tmp_path / "again.fxp")
+    again = fxpass.load(tmp_path / "again.fxp")
+    assert again.report.warnings == ()
+    assert_same_bits(again, result, torch.float32)
+
+
+def test_a_forged_lowered_program_is_refused(refused: Refused, whole: bytes) -> None:
+    def change(**parts: Any) -> bytes:
+        return rewritten(whole, lowered=lambda lowered: {**lowered, "program": {**lowered["program"], **parts}})
+
+    program = json.loads(members(whole)["lowered.json"])["program"]
+    nodes = [{**node, "target": "os.system"} if node["op"] == "call_function" else node for node in program["nodes"]]
+    refused(change(nodes=nodes), "neither an ATen op")
+    refused(change(inputs=program["inputs"][:-1]), "other inputs or outputs")
+    refused(change(nodes=misfit(program)["nodes"]), "damaged")
+
+
+def test_a_forged_program_is_refused_when_it_is_asked_for(result: fxpass.Optimized, saved: Path) -> None:
+    """What runs is the lowered program, so this one is not looked at before."""
+    edited(saved, program=misfit)
+    loaded = fxpass.load(saved)
+    assert_same_bits(loaded, result, torch.float32)
+    for _ in range(2):
+        with pytest.raises(fxpass.PackageError, match=r"model\.fxp is damaged"):
+            _ = loaded.program
+
+
+def test_a_module_that_was_converted_is_saved_as_it_is_now(tmp_path: Path) -> None:
+    x = torch.linspace(-1, 1, 6).reshape(2, 3)
+    module = fxpass.optimize(torch.nn.Linear(3, 2), [], example_inputs=(x,), verify=False).double()
+    module.save(tmp_path / "model.fxp")
+    loaded = fxpass.load(tmp_path / "model.fxp")
+    assert loaded.report == module.report
+    assert torch.equal(loaded(x.double()), module(x.double()))
+
+
+def test_a_fingerprint_is_of_code_and_target() -> None:
+    registry = default_registry()
+    one, other = (fingerprint(registry.target(name)(), registry) for name in ("eager", "inductor"))
+    assert one != other and one == fingerprint(registry.target("eager")(), registry)
 
 
 # Writing

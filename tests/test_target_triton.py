@@ -36,7 +36,7 @@ def test_it_is_a_shipped_target() -> None:
 def test_without_a_gpu_it_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "load_triton", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(fxpass.api, "copy_model", None)  # where work begins
+    monkeypatch.setattr("fxpass.subjects.copy_model", None)  # where work begins
     with pytest.raises(LoweringError, match=r"needs a CUDA device, and torch sees none\. Try: the target native"):
         fxpass.optimize(build(Settings((1, 8), (-1.0, -2.0))), target="triton")
 

@@ -451,32 +451,75 @@ def test_changed_buffers_whatever_changed_them(model: Any) -> None:
         assert torch.equal(call(ours)["energy"], energy)
 
 
+def losing(program: Program) -> tuple[Program, dict[str, str]]:
+    """As ``with_parameters``, but for one that the program keeps as a constant."""
+    for value in program.graph_module.parameters():
+        if getattr(value, "origin", "") == "readout.weight":
+            del value.origin
+    return with_parameters(program)
+
+
 @pytest.mark.once
-def test_frozen_parameters_that_are_constants(model: Any) -> None:
+def test_frozen_parameters_that_are_constants(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No input of the program, like SevenNet's denominators that are not trained: it may be folded into anything."""
+    mine = copy.deepcopy(model)
+    constant = mine.readout.weight.requires_grad_(False)
+    monkeypatch.setattr("fxpass.training.with_parameters", losing)
+    ours, call = trainable(mine), on(probes(mine)[:1], mine)
+    call(ours)
+    constant.requires_grad_()
+    with pytest.raises(UsageError, match=r"readout\.weight"):
+        call(ours)
+    constant.requires_grad_(False)
+    with pytest.raises(UsageError, match=r"readout\.weight"):
+        ours.load_state_dict({**mine.state_dict(), "readout.weight": torch.zeros_like(constant)})
+    with torch.no_grad():
+        constant.mul_(2)
+    with pytest.raises(UsageError, match=r"readout\.weight"):
+        call(ours)
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's own, of a trace cut short
+def test_an_op_without_a_second_derivative() -> None:
+    """Distances by ``pdist``, in an energy function of one cluster: forces there are, and none of it to train by."""
+    from fxpass.frontends.energy import batch_of
+    from fxpass.frontends.energy_interface import Potential
+
+    class Cluster(nn.Module):
+        numbers = (1,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.1, dtype=F64))
+            self.examples = [each for each in probe_structures((1,), 4.0) if each.name == "cluster"]
+
+        def forward(self, positions: Tensor) -> Tensor:
+            return self.scale * torch.exp(-nn.functional.pdist(positions)).sum()
+
+    mine = Potential(Cluster())
+    with pytest.raises(UnsupportedModelError, match=r"no gradient by its parameters: .*pdist"):
+        trainable(mine)(batch_of(mine.energy.examples, mine), training=True)
+
+
+@pytest.mark.once
+def test_a_frozen_parameter_of_no_use_may_change(model: Any) -> None:
     mine = copy.deepcopy(model)
     mine.extra = nn.Parameter(torch.ones(2, dtype=F64), requires_grad=False)
     ours, call = trainable(mine), on(probes(mine)[:1], mine)
-    call(ours)
-    mine.extra.requires_grad_()
-    with pytest.raises(UsageError, match="extra"):
-        call(ours)
-    mine.extra.requires_grad_(False)
-    with pytest.raises(UsageError, match="extra"):
-        ours.load_state_dict({**mine.state_dict(), "extra": torch.zeros(2, dtype=F64)})
+    expected = call(ours)["energy"]
     with torch.no_grad():
         mine.extra.mul_(2)
-    with pytest.raises(UsageError, match="extra"):
-        call(ours)
+    assert torch.equal(call(ours)["energy"], expected)
+    ours.load_state_dict({**mine.state_dict(), "extra": torch.zeros(2, dtype=F64)})
+    mine.extra.requires_grad_()
+    loss(call(ours), ["energy"]).backward()
+    assert mine.extra.grad is None
 
 
 @pytest.mark.once
 def test_parameters_that_the_program_lost(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are found out on a copy: nothing is written to the caller's."""
-
-    def losing(program: Program) -> tuple[Program, dict[str, str]]:
-        program, names = with_parameters(program)
-        return program, {ours: theirs for ours, theirs in names.items() if theirs != "readout.weight"}
 
     monkeypatch.setattr("fxpass.training.with_parameters", losing)
     before = model.readout.weight._version

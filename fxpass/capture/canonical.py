@@ -49,6 +49,58 @@ def raise_gathers_and_scatters(graph: fx.Graph, trusts: Trust = lambda index, si
     return count
 
 
+def copies_become_values(graph: fx.Graph) -> None:
+    """Replace, in place, writes into views, ``aten.copy``, by the values written: that op has no derivative.
+
+    A tensor that is made without values to be written into begins with zeros.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        into, value = node.args[:2]
+        wanted, known = node.meta["val"], value.meta["val"]
+        with graph.inserting_before(node):
+            if known.dtype != wanted.dtype:
+                value = graph.call_function(aten._to_copy.default, (value,), {"dtype": wanted.dtype})
+                known = value.meta["val"] = known.to(wanted.dtype)
+                set_provenance(value, provenance(node))
+            if [str(size) for size in known.shape] != [str(size) for size in wanted.shape]:
+                sizes = [_size(graph, into, k) for k in range(wanted.dim())]
+                value = graph.call_function(aten.expand.default, (value, sizes))
+                value.meta["val"] = known.expand(wanted.shape)
+                set_provenance(value, provenance(node))
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.target in ZEROS and all(user.target in WRITES and user.args[0] is node for user in node.users):
+            node.target = ZEROS[node.target]
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
+
+
+#: tensors without values, and the same with zeros
+ZEROS = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+#: ops that write into their first operand, or take a part of it to write into
+WRITES = frozenset(
+    {
+        *(aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default, aten.slice.Tensor),
+        *(aten.select.int, aten.sym_size.int),
+    }
+)
+
+
+def _size(graph: fx.Graph, of: fx.Node, axis: int) -> fx.Node | int:
+    """A size as an argument: a number, or a node that asks for it."""
+    size: int | torch.SymInt = of.meta["val"].shape[axis]
+    if isinstance(size, int):
+        return size
+    node = graph.call_function(aten.sym_size.int, (of, axis))
+    node.meta["val"] = size
+    return node
+
+
 def _is_index(node: Any) -> bool:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype == torch.int64

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from .._torch_compat import size_conditions, size_expr
-from ..errors import CaptureError, Location
+from ..errors import CaptureError, Location, UnsupportedModelError
 from ..ir.metadata import provenance
 from ..ir.program import Program, TensorSpec, ancestors
 from ..ir.tracing import (
@@ -31,7 +33,7 @@ from ..ir.tracing import (
     size_names,
     trace_program,
 )
-from .canonical import raise_gathers_and_scatters
+from .canonical import copies_become_values, raise_gathers_and_scatters
 from .rules import RULES, Rule, install
 
 #: ops that read what was never written
@@ -48,11 +50,35 @@ def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy, also of models whose parameters cannot copy themselves (MACE's ``EmptyParam``).
 
     Nor can scripted functions, which the copy shares with the model.
+
+    Raises:
+        UnsupportedModelError: the model keeps something that cannot be copied; named by its path.
     """
     memo: dict[int, Any] = {id(p): _copy_of(p, name) for name, p in model.named_parameters()}
     attributes = (value for module in model.modules() for value in vars(module).values())
     memo.update({id(value): value for value in attributes if isinstance(value, torch.jit.ScriptFunction)})
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # what a model keeps is foreign, and may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"the model cannot be copied: {reason}",
+            where=Location(module_path=_uncopied(model) or "(model)", source=type(model).__qualname__),
+            hint="make what cannot be copied in forward, or keep it outside of the module",
+        ) from error
+
+
+def _uncopied(model: nn.Module) -> str:
+    """The path of the first attribute that cannot be copied."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in vars(nn.Module()):  # parts, which come later, and weights, which the copy has already
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:  # as above
+                return f"{path}.{name}".lstrip(".")
+    return ""
 
 
 def _copy_of(parameter: nn.Parameter, name: str) -> nn.Parameter:
@@ -107,21 +133,32 @@ def capture_function(
     model: nn.Module,
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
+    *,
+    signed: Collection[str] = (),
 ) -> Program:
     """Trace any ``function`` over ``model`` to a program at stage ``"function"``, as :func:`capture` does.
 
     Attention is traced in its plain form, which has derivatives of every order and runs on every device.  Inputs that
-    become indices get the property ``"index:SIZE"`` or ``"below:NUMBER"``, which their caller has to see to.
+    become indices get the property ``"index:SIZE"`` or ``"below:NUMBER"``, which their caller has to see to;
+    but those that ``signed`` names may hold negative ones, which count from the end.
 
     Raises:
         CaptureError: as :func:`capture`; or an output is a constant, or drawn at random.
     """
+
+    def written(*values: Tensor, clones: bool = False) -> Sequence[Tensor]:
+        with _Copied(clones):
+            return function(*values)
+
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             bare = Program(fx.GraphModule({}, fx.Graph()), inputs, outputs, stage="function")
-            program = _trace_twice(function, model, bare)
+            try:
+                program = _trace_twice(written, model, bare)
+            except _OwnWriteError:
+                program = _trace_twice(partial(written, clones=True), model, bare)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     values = [node.meta["val"] for node in program.placeholders.values()]
@@ -133,11 +170,12 @@ def capture_function(
         size = size.meta["val"] if isinstance(size, fx.Node) else size
         limit = f"below:{size}" if isinstance(size, int) else f"index:{names.get(size_expr(size), '')}"
         source = _part_of(index)
-        if source.op != "placeholder" or limit == "index:":
+        if source.op != "placeholder" or source.target in signed or limit == "index:":
             return False
         found.setdefault(source.name, set()).add(limit)
         return True
 
+    copies_become_values(program.graph)
     raise_gathers_and_scatters(program.graph, trusts)
     program.graph_module.recompile()
     _check_complete(program)
@@ -150,6 +188,13 @@ def capture_function(
             )
     placed = zip(inputs, program.placeholders.values(), strict=True)
     inputs = tuple(replace(s, properties=s.properties | found.get(node.name, set())) for s, node in placed)
+    for spec, node in zip(outputs, program.results.values(), strict=True):
+        if any(not size_expr(s).free_symbols <= set(names) for s in node.meta["val"].shape if not isinstance(s, int)):
+            raise CaptureError(
+                f"the size of {spec.name} depends on values",
+                where=Location(node=node.name, module_path=provenance(node).module, source=provenance(node).source),
+                hint="masks in place of nonzero, unique and x[mask], which keep the size",
+            )
     results = zip(outputs, program.results.values(), strict=True)
     outputs = tuple(replace(s, dims=dims_of(n.meta["val"], names), dtype=n.meta["val"].dtype) for s, n in results)
     return replace(program, inputs=inputs, outputs=outputs)
@@ -186,18 +231,16 @@ def _trace_twice(function: Callable[..., Sequence[Tensor]], model: nn.Module, li
             raise _trace_failure(error) from error
 
     def run(sizes: Mapping[str, int], stacks: bool) -> tuple[Program, tuple[str, ...]]:
+        options: dict[str, Any] = {"stage": like.stage, "energy": like.energy, "mutates": True}
         with module_provenance(model):
-            return trace_program(
-                traced,
-                like.inputs,
-                like.outputs,
-                constants,
-                stage=like.stage,
-                energy=like.energy,
-                sizes=sizes,
-                mutates=True,
-                stacks=stacks,
-            )
+            try:
+                return trace_program(
+                    traced, like.inputs, like.outputs, constants, sizes=sizes, stacks=stacks, **options
+                )
+            except RuntimeError as error:
+                if _raised_by_us(error):
+                    raise
+                raise _write_failure(error) from error
 
     program, frozen = run(SIZES, stacks=True)
     other, _ = run(OTHER_SIZES, stacks=False)
@@ -263,6 +306,60 @@ def _trace_failure(error: Exception) -> CaptureError:
         hint = "register a shape function for this op with torch.library.register_fake"
     what = f"the model cannot be traced with symbolic sizes: {text}"
     return CaptureError(what, where=Location(source=place), hint=hint)
+
+
+def _write_failure(error: RuntimeError) -> CaptureError:
+    """An error of torch while it makes a trace functional, which is about writes alone, with the line that writes."""
+    text = str(error)
+    lines = re.findall(r'File "([^"]+)", line (\d+)', text)
+    where = Location(source=":".join(("/".join(lines[-1][0].rsplit("/", 3)[1:]), lines[-1][1])) if lines else None)
+    if "mutating a non-functional tensor" in text:
+        return _OwnWriteError(
+            "the module writes to a buffer or weight of its own, or what is made of these, which a program cannot",
+            where=where,
+            hint="return the new value instead of writing it; write to a clone of what is made of weights",
+        )
+    return CaptureError(
+        f"a write into a tensor cannot be made functional: {text.splitlines()[0]}",
+        where=where,
+        hint="a new tensor instead of the write: torch.where, torch.cat, or x.index_put(...) for x[...] = value",
+    )
+
+
+class _OwnWriteError(CaptureError):
+    """A write to what the module holds, or to a clone of that, which torch cannot tell from it."""
+
+
+class _Copied(TorchFunctionMode):
+    """Writes what ops of ``COPIED`` compute: torch cannot make them functional at symbolic sizes.
+
+    Nor can it with ``clones`` of weights, which become new tensors.
+    """
+
+    def __init__(self, clones: bool = False) -> None:
+        super().__init__()
+        self.clones = clones
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.clones and getattr(func, "__name__", "") == "clone":
+            return torch.zeros(args[0].shape, dtype=args[0].dtype, device=args[0].device).copy_(args[0])
+        if func in CLAMPS and kwargs.get("inplace"):
+            return args[0].copy_(func(*args, **{**kwargs, "inplace": False}))
+        twin = COPIED.get(getattr(func, "__name__", ""))
+        return func(*args, **kwargs) if twin is None else args[0].copy_(twin(*args, **kwargs))
+
+
+#: name of an op that writes into its first operand -> what it writes there
+COPIED: dict[str, Callable[..., Tensor]] = {
+    "clamp_": torch.clamp,
+    "clip_": torch.clip,
+    "clamp_min_": torch.clamp_min,
+    "clamp_max_": torch.clamp_max,
+    "index_fill_": torch.index_fill,
+}
+#: functions of torch that call such an op where they are asked to
+CLAMPS = (nn.functional.hardtanh, nn.functional.relu6)
 
 
 def _literals(value: Any) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.table import Table
@@ -31,6 +32,8 @@ from .answer import Answer
 from .doctor import cores
 from .measure import Call, Peaks, by_turns, crystal, ms, peak_memory, processor, threads
 from .options import Commands
+
+K = TypeVar("K", bound=Hashable)
 
 EXAMPLES = """
 fxpass bench example:small --atoms 256 --threads 1
@@ -156,7 +159,9 @@ def bench(arguments: argparse.Namespace) -> Answer:
     given = options.find_structures(arguments.structures)
     model, frontend = api.open_model(options.find_model(arguments.model))
     facts = frontend.attributes(model)
-    structures = given or [crystal(n, facts["numbers"], facts["cutoff"]) for n in arguments.atoms]
+    heads = facts.get("heads", [])
+    head = heads[0] if len(heads) > 1 else None  # a model may refuse to choose
+    structures = given or [replace(crystal(n, facts["numbers"], facts["cutoff"]), head=head) for n in arguments.atoms]
     wanted = [
         (passes, target)
         for passes in dict.fromkeys([arguments.passes, *arguments.presets])
@@ -284,8 +289,8 @@ def _time(
     facts = frontend.attributes(model)
     edges, _ = neighbour_list(structure, facts["cutoff"])
     computes = "energy and forces" if frontend.evaluate(model, structure).stress is None else "energy, forces, stress"
-    calls: dict[tuple[str, str], Call] = {(ORIGINAL, ""): call_of(model, frontend, structure)}
-    calls |= {key: call_of(result, frontend, structure) for key, result in results.items()}
+    calls, whole = calls_of({(ORIGINAL, ""): model, **results}, frontend, structure)
+    computes += ", from the structure on" if whole else ""
     memory = {key: peak_memory(call) for key, call in calls.items()} if arguments.memory else {}
     taken = by_turns(calls, arguments.repeat)
     peaks = Peaks.measure(getattr(torch, facts["dtype"])) if arguments.roofline else None
@@ -312,8 +317,35 @@ def _cost(result: Optimized) -> Cost:
     return program_cost(legal(result.program, result.target, default_registry()).program)
 
 
+def calls_of(modules: Mapping[K, nn.Module], frontend: Frontend, structure: Structure) -> tuple[dict[K, Call], bool]:
+    """Calls that evaluate ``structure``, and whether they are whole evaluations.
+
+    They are those that the family makes of the modules, without what it does around them.  Where it does not call one
+    of them but its parts, as it does with SevenNet's original in float64, evaluations are compared, for all; these get
+    the neighbour list that was made once.
+    """
+    own = {key: _own_call(module, frontend, structure) for key, module in modules.items()}
+    calls = {key: call for key, call in own.items() if call is not None}
+    if len(calls) == len(modules):
+        return calls, False
+
+    @cache
+    def listed(cutoff: float) -> Any:
+        return neighbour_list(structure, cutoff)
+
+    def evaluation(module: nn.Module) -> Call:
+        return lambda: frontend.evaluate(module, structure, lambda _, cutoff: listed(cutoff))
+
+    return {key: evaluation(module) for key, module in modules.items()}, True
+
+
 def call_of(module: nn.Module, frontend: Frontend, structure: Structure) -> Call:
-    """The call that the family makes of ``module`` to evaluate ``structure``, without what it does around it.
+    """:func:`calls_of` of one module."""
+    return calls_of({ORIGINAL: module}, frontend, structure)[0][ORIGINAL]
+
+
+def _own_call(module: nn.Module, frontend: Frontend, structure: Structure) -> Call | None:
+    """The call that the family makes of ``module`` to evaluate ``structure``, if it makes one.
 
     Each call has copies of its own of the tensors in dictionaries: some models write into these.
     """
@@ -327,6 +359,8 @@ def call_of(module: nn.Module, frontend: Frontend, structure: Structure) -> Call
         frontend.evaluate(module, structure)
     finally:
         hook.remove()
+    if not seen:
+        return None
     args, kwargs = seen[0]
     return lambda: module(*map(_fresh, args), **kwargs)
 

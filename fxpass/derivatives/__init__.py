@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .derivatives import EV_PER_CUBIC_ANGSTROM, Derivatives, EdgeForces
+from .derivatives import EV_PER_CUBIC_ANGSTROM, Derivatives
+from .first import EdgeForces
 
 __all__ = ["EV_PER_CUBIC_ANGSTROM", "Derivatives", "EdgeForces"]

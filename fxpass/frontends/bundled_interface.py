@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..edges import Edges
 from ..models import edge_vectors, one_hot_species
+from .energy_interface import over_volume, per_graph
 
 
 class BundledInterface(nn.Module):
@@ -67,11 +68,6 @@ class BundledInterface(nn.Module):
         if compute_forces:
             result["forces"] = self.edges.forces(gradient, index, positions)
         if compute_stress:
-            if cell.size(0) == 1:
-                total = torch.matmul(vectors.t(), gradient).unsqueeze(0)
-            else:
-                outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
-                total = torch.zeros_like(cell).index_add(0, batch.index_select(0, index[0]), outer)
-            volume = torch.linalg.det(cell).abs().view(-1, 1, 1)
-            result["stress"] = 0.5 * (total + total.transpose(1, 2)) / volume
+            total = per_graph(vectors, gradient, batch.index_select(0, index[0]), cell)
+            result["stress"] = over_volume(0.5 * (total + total.transpose(1, 2)), cell)
         return result

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
+import operator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..edges import Edges
-from ..errors import UsageError
+from ..errors import Location, UnsupportedModelError, UsageError
 from ..models import one_hot_species
+from ..structures import SYMBOLS
 
 #: what an energy function may take, by name
 ARGUMENTS = ("edge_vectors", "edge_index", "node_attrs", "species", "batch", "cell", "positions")
@@ -18,6 +22,10 @@ ARGUMENTS = ("edge_vectors", "edge_index", "node_attrs", "species", "batch", "ce
 INPUTS = ("edge_vectors", "edge_index", "node_attrs", "batch", "cell", "positions")
 #: Angstrom, where a function takes no edges: how far apart probe structures are made
 NO_CUTOFF = 4.0
+#: what an energy function must take one of: all else does not change when atoms move
+MOVING = {"edge_vectors", "positions"}
+#: what attributes of no use make torch and Python raise when they are read
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 SINGLE = "the energy function returns one total energy, so it takes one structure at a time"
 
 
@@ -31,14 +39,18 @@ class Potential(nn.Module):
     Attributes:
         numbers: atomic numbers that it knows.
         cutoff: length from which on it needs no edges, Angstrom.
+
+    Raises:
+        UnsupportedModelError: arguments, ``numbers``, ``cutoff`` or ``atoms`` of the module that make no sense.
     """
 
     def __init__(self, energy: nn.Module) -> None:
         super().__init__()
+        check_attributes(energy)
         self.energy = energy
         self.arguments = argument_names(energy)
-        self.numbers: list[int] = torch.as_tensor(energy.numbers).tolist()
-        self.cutoff = float(getattr(energy, "cutoff", NO_CUTOFF))
+        self.numbers = numbers_of(energy)
+        self.cutoff = cutoff_of(energy)
 
     def forward(
         self,
@@ -67,8 +79,8 @@ class Potential(nn.Module):
             ValueError: an atomic number that the function does not know, or more structures than it can tell apart.
         """
         positions, index, batch, cell = data["positions"], data["edge_index"], data["batch"], data["cell"]
-        atoms = getattr(self.energy, "atoms", len(positions))
-        if atoms != len(positions):
+        atoms = atoms_of(self.energy)
+        if atoms and atoms != len(positions):
             raise ValueError(f"the energy function is for {atoms} atoms")
         known = torch.tensor(self.numbers, device=positions.device)
         attrs = one_hot_species(data["numbers"], known, positions.dtype)
@@ -83,19 +95,90 @@ class Potential(nn.Module):
             inputs = dict(zip(INPUTS, (vectors, index, attrs, batch, cell @ deform, moved), strict=True))
             value = called(self.energy, self.arguments, inputs)
             per = "total" if value.dim() == 0 else "atom" if value.shape[0] == len(batch) else "graph"
+            if per == "atom" and len(batch) == len(cell) and "cell" in self.arguments:  # another cell adds no atom
+                with torch.no_grad():
+                    more = called(self.energy, self.arguments, {**inputs, "cell": torch.cat([cell, cell[:1]])})
+                per = "atom" if more.shape[0] == len(batch) else "graph"
             values = energies(value, per, batch, len(cell))
             result = dict(zip(("energy", "node_energy"), values, strict=False))
             if value.dim() == 0 and len(cell) > 1:
                 raise ValueError(SINGLE)
             if compute_forces or compute_stress:
                 by = [displacement, strain]
-                slopes = torch.autograd.grad(values[0].sum(), by, create_graph=training, materialize_grads=True)
+                total, slopes = values[0].sum(), [torch.zeros_like(t) for t in by]
+                if total.requires_grad:  # otherwise it depends on nothing, as without edges
+                    slopes = list(torch.autograd.grad(total, by, create_graph=training, materialize_grads=True))
                 if compute_forces:
                     result["forces"] = -slopes[0]
                 if compute_stress:
                     result["virial"] = -slopes[1]
-                    result["stress"] = slopes[1] / torch.linalg.det(cell).abs().view(-1, 1, 1)
+                    result["stress"] = over_volume(slopes[1], cell)
         return result if training else {name: value.detach() for name, value in result.items()}
+
+
+def check_attributes(energy: Any) -> None:
+    """Refuse a module whose arguments or attributes are not those of an energy function.
+
+    Raises:
+        UnsupportedModelError: names what it found, and what belongs there.
+    """
+    if not isinstance(energy, nn.Module):
+        raise UnsupportedModelError(f"a {type(energy).__name__} is no energy function", hint="a torch.nn.Module")
+    names = argument_names(energy)
+    unknown = [name for name in names if name not in ARGUMENTS]
+    if unknown or MOVING.isdisjoint(names):
+        what = f"its forward takes {', '.join(unknown)}" if unknown else "its forward takes nothing that moves"
+        raise refused(what, energy, f"edge_vectors or positions, and others of {', '.join(ARGUMENTS)}")
+    numbers_of(energy)
+    if not any(t.is_floating_point() for t in chain(energy.parameters(), energy.buffers())):
+        raise refused("nothing says which type it computes in", energy, "constants as parameters or buffers")
+    if {"edge_vectors", "edge_index"} & set(names) and getattr(energy, "cutoff", None) is None:
+        raise refused("it takes edges and has no cutoff", energy, "self.cutoff = 6.0, in Angstrom")
+    cutoff_of(energy)
+    atoms_of(energy)
+
+
+def numbers_of(energy: Any) -> list[int]:
+    """Atomic numbers that an energy function knows."""
+    given = getattr(energy, "numbers", None)
+    try:
+        found = [operator.index(z) for z in given]  # type: ignore[union-attr]
+    except UNREADABLE:
+        found = []
+    if not found or len(set(found)) < len(found) or not all(0 <= z < len(SYMBOLS) for z in found):
+        raise refused(f"its numbers are {given}", energy, "atomic numbers, each once: (1, 8)")
+    return found
+
+
+def cutoff_of(energy: Any) -> float:
+    """Length from which on an energy function needs no edges, Angstrom; ``NO_CUTOFF`` where it has none."""
+    given = getattr(energy, "cutoff", None)
+    try:
+        found = NO_CUTOFF if given is None else float(given)
+    except UNREADABLE:
+        found = math.nan
+    if not (math.isfinite(found) and found > 0):
+        raise refused(f"its cutoff is {given}", energy, "a positive length, in Angstrom")
+    return found
+
+
+def atoms_of(energy: Any) -> int:
+    """The only number of atoms that an energy function is for; 0 for any."""
+    given = getattr(energy, "atoms", None)
+    try:
+        found = 0 if given is None else operator.index(given)
+    except UNREADABLE:
+        found = -1
+    if found < 0 or (given is not None and found == 0) or isinstance(given, bool):
+        raise refused(f"its atoms are {given}", energy, "the number of atoms that it is for, or no such attribute")
+    return found
+
+
+def refused(what: str, energy: Any, hint: str) -> UnsupportedModelError:
+    """The error for a module that is no energy function."""
+    cls = type(energy)
+    where = Location(module_path="(model)", source=f"{cls.__module__}.{cls.__qualname__}")
+    return UnsupportedModelError(f"this energy function is not covered: {what}", where=where, hint=hint)
 
 
 def argument_names(energy: nn.Module) -> list[str]:
@@ -205,20 +288,25 @@ class EnergyInterface(nn.Module):
                     forces = forces - values[self.by_positions].narrow(0, 0, atoms)
                 result["forces"] = forces
             if compute_stress:
-                slope = _per_graph(vectors, gradient, batch.index_select(0, index[0]), cell)
+                slope = per_graph(vectors, gradient, batch.index_select(0, index[0]), cell)
                 if self.by_positions > 0:
-                    slope = slope + _per_graph(positions, values[self.by_positions].narrow(0, 0, atoms), batch, cell)
+                    slope = slope + per_graph(positions, values[self.by_positions].narrow(0, 0, atoms), batch, cell)
                 if self.by_cell > 0:
                     slope = slope + torch.bmm(cell.transpose(1, 2), values[self.by_cell].narrow(0, 0, cell.size(0)))
                 slope = 0.5 * (slope + slope.transpose(1, 2))
                 result["virial"] = -slope
-                result["stress"] = slope / torch.linalg.det(cell).abs().view(-1, 1, 1)
+                result["stress"] = over_volume(slope, cell)
         return result
 
 
-def _per_graph(vectors: Tensor, gradient: Tensor, graph: Tensor, like: Tensor) -> Tensor:
+def per_graph(vectors: Tensor, gradient: Tensor, graph: Tensor, like: Tensor) -> Tensor:
     """Sums of vector (x) gradient over the rows of each graph, [graphs, 3, 3]."""
     if like.size(0) == 1:
         return torch.matmul(vectors.t(), gradient).unsqueeze(0)
     outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
     return torch.zeros_like(like).index_add(0, graph, outer)
+
+
+def over_volume(slope: Tensor, cell: Tensor) -> Tensor:
+    """dE/dstrain [graphs, 3, 3] over the volumes of cells: stress; not finite where a cell has no volume."""
+    return slope / torch.linalg.det(cell).abs().view(-1, 1, 1)

@@ -5,7 +5,8 @@ Each raises ``ValueError`` that names the argument, so that a wrong one is told 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,17 @@ def _str(x: str, value: str, told: str) -> None:
 CONSTANT: dict[type, Callable[..., None]] = {bool: _bool, int: _int, float: _float, str: _str}
 
 
+def _is(x: Any, kind: Any, told: str) -> None:
+    if not isinstance(x, kind):
+        raise ValueError(told)
+
+
+def listed(x: Any, path: str) -> None:
+    """Refuses what is neither a list nor a tuple."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        _is(x, (list, tuple), f"{path} is left out or no list or tuple, but this module was compiled with one")
+
+
 def length(found: int, expected: int, path: str) -> None:
     """Refuses a list of another length."""
     if found != expected:
@@ -79,7 +91,9 @@ def length(found: int, expected: int, path: str) -> None:
 
 
 def keys(data: dict[str, Tensor], expected: list[str], path: str) -> None:
-    """Refuses a dict with other keys."""
+    """Refuses what is no dict, and one with other keys."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        _is(data, Mapping, f"{path} is left out or no dict, but this module was compiled with one")
     for key in expected:
         if key not in data:
             raise ValueError(f"{path} has no entry '{key}'")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..capture.capture import capture_function, prepare
-from ..errors import Location, UnsupportedModelError, UsageError
+from ..errors import FxpassError, Location, UnsupportedModelError, UsageError
 from ..ir.program import Dim, Program, TensorSpec, fresh
 from .signature import Signature, flatten, parameters, same_shape
 
@@ -56,7 +58,11 @@ class Example:
         """
         replica = prepare(module)
         outputs = tuple(TensorSpec(name, (), torch.float32) for name in self.outputs)
-        program = capture_function(lambda *values: self.call(replica, values), replica, self.specs, outputs)
+        whole = [(s, t) for s, t in zip(self.specs, self.tensors, strict=True) if t.dtype == torch.int64 and t.numel()]
+        signed = {spec.name for spec, value in whole if int(value.min()) < 0}
+        program = capture_function(
+            lambda *values: self.call(replica, values), replica, self.specs, outputs, signed=signed
+        )
         sample = {spec.name: value for spec, value in zip(self.specs, self.tensors, strict=True)}
         return replace(program, samples=(sample,))
 
@@ -131,20 +137,27 @@ def read_example(module: nn.Module, given: Any, dynamic: Dynamic | None = None) 
     if isinstance(given, Example):
         return given
     found, named = parameters(module, given)
+    for path, value in named:
+        _dense(value, path)
+    _constant_weights(module)
     paths, tensors = [path for path, _ in named], tuple(value.detach().clone() for _, value in named)
     names: list[str] = []
     for path in paths:
         name = re.sub(r"\W", "_", path)
         name = f"{name}_" if keyword.iskeyword(name) or not name.isidentifier() else name
         names.append(fresh(name, lambda taken: taken in names))
-    dims = _dims(paths, tensors, dynamic or {})
+    dims = _dims(paths, tensors, {} if dynamic is None else dynamic)
     specs = tuple(TensorSpec(n, d, t.dtype) for n, d, t in zip(names, dims, tensors, strict=True))
     results: list[tuple[str, Tensor]] = []
     arguments = Signature(found, {"constant": None}, tuple(paths))
+    before = _kept(module)
     try:
-        with torch.no_grad():
-            args, kwargs = arguments.arguments([t.clone() for t in tensors])  # it may write to them
+        with torch.no_grad(), _Offsets():
+            copies = [t.clone() for t in tensors]  # it may write to them
+            args, kwargs = arguments.arguments(copies)
             returned = module(*args, **kwargs)
+    except FxpassError:
+        raise
     except Exception as error:  # the module is foreign code, which may raise anything
         raise UnsupportedModelError(
             f"the module fails on example_inputs: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
@@ -152,25 +165,95 @@ def read_example(module: nn.Module, given: Any, dynamic: Dynamic | None = None) 
             hint="inputs that it takes",
         ) from error
     result = flatten(returned, "result", results)
+    for path, value in results:
+        _dense(value, path)
     if not results:
         raise UnsupportedModelError("the module returns no tensor", where=Location(source=type(module).__qualname__))
     outputs: list[str] = []
     for path, _ in results:
         outputs.append(fresh(re.sub(r"\W", "_", path), lambda taken: taken in outputs))
-    example = Example(replace(arguments, result=result), specs, tensors, tuple(outputs))
+    notes = tuple(
+        f"the module writes to its argument {path}; the compiled one leaves it as it is"
+        for path, value, after in zip(paths, tensors, copies, strict=True)
+        if bool(((value != after) & ~(value.isnan() & after.isnan())).any())
+    )
+    notes += tuple(f"{path} becomes a dict" for path in _replaced(returned, "result"))
+    changed = [path for path, value in _kept(module).items() if path not in before or before[path] is not value]
+    notes += tuple(f"forward sets {path}, which the compiled module keeps as the example leaves it" for path in changed)
+    example = Example(replace(arguments, result=result), specs, tensors, tuple(outputs), notes)
     return _settled(example, module, set(dynamic or {}))
+
+
+def _dense(value: Tensor, path: str) -> None:
+    """Refuse tensors that a program cannot hold."""
+    kind = next((kind for kind in ("quantized", "nested", "meta") if getattr(value, f"is_{kind}")), None)
+    if kind is not None or value.layout != torch.strided:
+        kind = kind or str(value.layout).removeprefix("torch.")
+        raise UsageError(
+            f"{path} is a {kind} tensor, which a compiled module cannot take or return",
+            hint="dense tensors; wrap the module to convert them",
+        )
+
+
+def _constant_weights(module: nn.Module) -> None:
+    """Refuse embeddings that write to their weights when they are called."""
+    for path, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
+            raise UnsupportedModelError(
+                "an embedding with max_norm writes to its weight at each call, and a compiled module has constant ones",
+                where=Location(module_path=path or "(model)", source=type(part).__qualname__),
+                hint="renormalise its weight once, with torch.renorm, and set max_norm to None",
+            )
+
+
+class _Offsets(TorchFunctionMode):
+    """Refuses embedding bags with offsets: wrong ones, which torch does not look at, end the process."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.embedding_bag and (kwargs or {}).get("offsets", args[2:3] or None) is not None:
+            raise UnsupportedModelError(
+                "an embedding bag has offsets, which cannot be drawn at other sizes to compare on",
+                hint="bags as rows of a matrix; padding_idx for those that are shorter",
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _kept(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module and its parts, without weights and parts; compiled code sets its own."""
+    own = vars(nn.Module())
+    parts = [(path, part) for path, part in module.named_modules() if not isinstance(part, torch.jit.ScriptModule)]
+    kept = ((path, name, value) for path, part in parts for name, value in vars(part).items())
+    return {f"{path}.{name}".lstrip("."): value for path, name, value in kept if name not in own}
+
+
+def _replaced(value: Any, path: str) -> Iterator[str]:
+    """The dicts of other kinds in a result, which have more than entries perhaps."""
+    if isinstance(value, Mapping):
+        if type(value) not in (dict, OrderedDict):
+            yield f"{path}, a {type(value).__qualname__},"
+        for key, item in value.items():
+            yield from _replaced(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for k, item in enumerate(value):
+            yield from _replaced(item, f"{path}.{k}")
 
 
 def _dims(paths: Sequence[str], tensors: Sequence[Tensor], dynamic: Dynamic) -> list[tuple[Dim, ...]]:
     """Sizes by name: as ``dynamic`` says, and the first dimension of all other tensors, equal ones by one name."""
+    form = '{"argument": {axis: "size"}}'
+    if not isinstance(dynamic, Mapping):
+        raise UsageError(f"dynamic is a {type(dynamic).__qualname__}", hint=form)
     for path, axes in dynamic.items():
         if path not in paths:
             what = f"dynamic names {path!r}, which is no tensor of the example"
             raise UsageError(what, hint=f"one of {', '.join(paths)}")
+        if not isinstance(axes, Mapping):
+            raise UsageError(f"dynamic gives a {type(axes).__qualname__} for {path}", hint=form)
         rank = tensors[paths.index(path)].dim()
         for axis, name in axes.items():
-            if not (isinstance(axis, int) and 0 <= axis < rank):
-                raise UsageError(f"dynamic names the axis {axis!r} of {path}, which has {rank} dimensions")
+            if type(axis) is not int or not 0 <= axis < rank:
+                what = f"dynamic names the axis {axis!r} of {path}, which has {rank} dimensions"
+                raise UsageError(what, hint="a number from 0")
             if not (isinstance(name, str) and name.isidentifier()) or name == RESERVED:
                 hint = f"a name of letters and digits, not {RESERVED!r}"
                 raise UsageError(f"dynamic calls a size {name!r}", hint=hint)
@@ -217,4 +300,4 @@ def _settled(example: Example, module: nn.Module, chosen: set[str]) -> Example:
     def settled(spec: TensorSpec) -> TensorSpec:
         return replace(spec, dims=tuple(fixed.get(d, d) if isinstance(d, str) else d for d in spec.dims))
 
-    return replace(example, specs=tuple(map(settled, example.specs)), notes=tuple(notes))
+    return replace(example, specs=tuple(map(settled, example.specs)), notes=(*example.notes, *notes))

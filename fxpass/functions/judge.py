@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .._torch_compat import o3
 from ..errors import FxpassError
@@ -23,19 +23,21 @@ from ..registry import Registry
 from ..targets.base import Target
 from ..verify.physics import random_rotation
 from ..verify.receipt import Receipt, Row
-from ..verify.tolerances import OWN_ERROR_FACTOR, Bound
+from ..verify.tolerances import OWN_ERROR_FACTOR
 from .example import Example
 from .optimized import lower_function
+from .rounding import Run, is_inexact, scales
 
-#: relative to the largest element of a result: room for another order of summation, none for another constant
-BOUNDS = {torch.float64: Bound(1e-13, 1e-10, ""), torch.float32: Bound(1e-7, 2e-5, "")}
+#: relative to the terms that an element is made of: room for another order of summation, none for another constant
+BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5}
 #: of modules that were made in float32 and converted: e3nn rounds some of its constants to float32, and others not
-ROUNDED = Bound(1e-13, 1e-6, "")
+ROUNDED = 1e-6
 #: what the norm of a gradient may be off by in the dtype of the module, where rounding moves results over kinks
 SLOPES = {torch.float32: 1e-3}
 #: half precision is told from the original's own error alone
-COARSE = Bound(1e-3, 2e-2, "")
-
+COARSE = 2e-2
+#: types that a program in float64 does without, and the original in float64 may not
+_HALF = (torch.float16, torch.bfloat16)
 
 #: what a result raises that cannot compute; anything else is a bug and passes
 _FAILURES = (
@@ -74,8 +76,8 @@ class FunctionJudge:
         found: torch.dtype = getattr(torch, self.facts["dtype"])
         return found
 
-    def bound(self, dtype: torch.dtype) -> Bound:
-        """How far results of ``dtype`` may be off."""
+    def bound(self, dtype: torch.dtype) -> float:
+        """How far elements of results of ``dtype`` may be off, relative to the terms that they are made of."""
         if dtype == torch.float64 and self._rounded():
             return ROUNDED
         return BOUNDS.get(dtype if dtype.is_floating_point else dtype.to_real(), COARSE)
@@ -90,7 +92,8 @@ class FunctionJudge:
         here = self.example.sizes
         wanted = [("fresh values", here), ("larger", {name: 2 * size + 3 for name, size in here.items()})]
         wanted += [(f"{name} = {size}", {**here, name: size}) for name in here for size in (1, 0)]
-        probes, refused = [Probe("example", self.example.tensors, True)], []
+        sloped, refused = self._sloped()
+        probes = [Probe("example", self.example.tensors, sloped)]
         for seed, (name, sizes) in enumerate(wanted, start=1):
             tensors = tuple(self.example.drawn(sizes, seed))
             try:
@@ -100,17 +103,34 @@ class FunctionJudge:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 refused.append(f"not compared at {name}, which the module does not take: {reason}")
                 continue
-            probes.append(Probe(name, tensors, name == "larger"))
+            probes.append(Probe(name, tensors, sloped and name == "larger"))
         if self._precise() is None:
-            refused.append("compared in its own type alone, as the module does not compute in float64")
+            refused.append("compared in its own type alone, as the module does not compute the same in float64")
         return tuple(probes), tuple(refused)
+
+    def _sloped(self) -> tuple[bool, list[str]]:
+        """Whether the original has gradients that can be compared, and what the user must be told where it has none."""
+        results = self.example.call(self.module, self.example.tensors)
+        if not any(map(is_inexact, self.example.tensors)) or not any(map(is_inexact, results)):
+            return False, []  # whole numbers have none
+        try:
+            found = _gradients(self.example, self.module, self.example.tensors)
+        except Exception as error:  # as above
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            return False, [f"gradients are not compared, as the original has none: {reason}"]
+        return bool(found), [] if found else [
+            "gradients are not compared, as the original has none: its results are cut from its inputs"
+        ]
 
     def receipt(self, interface: nn.Module, program: Program, probes: Sequence[Probe]) -> Receipt:
         """Compare values, gradients by the inputs and, where the module has irreps, symmetry.
 
-        Values may be as far from the original in float64 as the table says, or twice as far as the original in its own
-        dtype is.  Gradients are those of a sum of the results with random factors; they are tested in float64, where no
-        rounding moves a result over a kink, and through ``interface`` itself by their norm.
+        Every element has a limit of its own.  It scales with the size of the terms that the element is made of, which
+        is how far noise in all that the original computes moves it (:mod:`fxpass.functions.rounding`): fill values
+        such as -1e9 hide nothing, and sums whose terms cancel raise no alarm.  An element may be as far from the
+        original in float64 as the table says, or twice as far as the original in its own dtype is.  Gradients are those
+        of a sum of the results with random factors; they are tested in float64, where no rounding moves a result over
+        a kink, and through ``interface`` itself by the norm of each.
         """
         reference = self._precise()
         exact = self.dtype == torch.float64
@@ -118,60 +138,109 @@ class FunctionJudge:
         twin: nn.Module | None = interface
         if not exact:
             twin = lower_function(program.cast(torch.float64), self.eager, self.facts) if reference else None
+        mixed = not exact and self.dtype not in _HALF and any(_type(node) in _HALF for node in program.graph.nodes)
         rows: list[Row] = []
         for probe in probes:
-            high = [_wide(t) for t in probe.tensors]
+            original, example, given = self.module, self.example, probe.tensors
+            if reference is not None:
+                original, example, given = reference, wide, tuple(map(_wide, probe.tensors))
             with torch.no_grad():
                 own = self.example.call(self.module, probe.tensors)
-                right = wide.call(reference, high) if reference is not None else own
+                right = example.call(original, given)
                 try:
                     found = self.example.call(interface, probe.tensors)
                 except _FAILURES as error:
-                    rows.append(Row("values", probe.name, math.nan, 0.0, "", f"could not be computed: {error}"))
+                    rows.append(_lost("values", probe, error))
                     continue
-            rows.append(self._compared("values", probe.name, found, right, own))
-            mine = _gradients(self.example, self.module, probe.tensors) if probe.differentiated else None
-            if not mine:
+                sizes, remark = _sizes(example.call, original, given)
+                row = self._values(probe, found, right, own, sizes)
+                rows.append(replace(row, note=row.note + remark))
+            if not probe.differentiated:
                 continue
-            if reference is not None and twin is not None:
-                given, expected = _gradients(wide, twin, high), _gradients(wide, reference, high)
-                limit = self.bound(self.dtype).relative
-                rows.append(_gradient_row("gradient in float64", probe.name, given, expected, limit))
+            slopes = partial(_gradients, example)
+            expected, (sizes, remark) = slopes(original, given), _sizes(slopes, original, given)
+            if mixed:
+                remark += "; not compared in float64, as some of it computes in half precision"
+            elif reference is not None and twin is not None:
+                row = self._slopes(probe, partial(_gradients, wide, twin, given), expected, sizes)
+                rows.append(replace(row, note=row.note + remark))
             if not exact:
-                given = _gradients(self.example, interface, probe.tensors)
-                rows.append(_gradient_row("gradient", probe.name, given, mine, SLOPES.get(self.dtype, COARSE.relative)))
+                row = self._norms(probe, partial(_gradients, self.example, interface, probe.tensors), sizes)
+                rows.append(replace(row, note=row.note + remark))
         rows += self._symmetry(interface, probes[0])
         return Receipt(tuple(rows), self.facts["dtype"], Exactness.REASSOCIATES)
 
     def _precise(self) -> nn.Module | None:
-        """The original in float64, or None where it computes in its own type alone."""
+        """The original in float64, or None where it computes in its own type alone, or something else in float64."""
         if self.dtype == torch.float64:
             return self.module
+        given = (*self.example.tensors, *self.module.parameters(), *self.module.buffers())
+        if any(t.is_complex() for t in given):  # torch converts these to real ones
+            return None
         module, wide = converted(self.module, torch.float64).eval(), self.example.cast(torch.float64)
         try:
             with torch.no_grad():
-                wide.call(module, wide.tensors)
+                right = wide.call(module, wide.tensors)
+                own = self.example.call(self.module, self.example.tensors)
         except Exception:  # as above: it may make tensors of a type of its own
             return None
-        return module
+        pairs = [(a, b) for a, b in zip(own, right, strict=True) if is_inexact(b)]
+        return module if all(a.shape == b.shape and _alike(a, b) for a, b in pairs) else None
 
-    def _compared(
-        self, check: str, name: str, found: Sequence[Tensor], right: Sequence[Tensor], own: Sequence[Tensor]
+    def _values(
+        self,
+        probe: Probe,
+        found: Sequence[Tensor],
+        right: Sequence[Tensor],
+        own: Sequence[Tensor],
+        sizes: Sequence[Tensor],
     ) -> Row:
-        """One row for all results: the one that is nearest to its limit, relative to its largest element."""
+        """One row for all results: the element that is nearest to its limit."""
         rows = []
-        for label, a, b, mine in zip(self.example.outputs, found, right, own, strict=True):
+        for label, a, b, mine, size in zip(self.example.outputs, found, right, own, sizes, strict=True):
             if a.shape != mine.shape or a.dtype != mine.dtype:
                 note = f"{label} is {list(a.shape)} of {a.dtype}, not {list(mine.shape)} of {mine.dtype}"
-                return Row(check, name, math.nan, 0.0, "", note)
-            if not (a.is_floating_point() or a.is_complex()):
-                rows.append(Row(check, name, float((a != mine).sum()), 0.0, "elements", label))
-                continue
-            bound, scale = self.bound(a.dtype), _largest(b)
-            rounding = _distance(mine, b)
-            limit = max(bound.limit(scale), OWN_ERROR_FACTOR * rounding)
-            rows.append(Row(check, name, _distance(a, b), limit, "", f"{label}; original {rounding:.1e}"))
-        return max(rows, key=lambda row: (not row.passed, row.used if row.limit else 0.0))
+                return Row("values", probe.name, math.nan, 0.0, "", note)
+            if a.is_floating_point() or a.is_complex():
+                rows.append(_worst("values", probe, label, a, b, size, self.bound(a.dtype), a.dtype, _gaps(mine, b)))
+            else:
+                rows.append(Row("values", probe.name, float((a != mine).sum()), 0.0, "elements", label))
+        return _nearest(rows)
+
+    def _slopes(
+        self, probe: Probe, compute: Callable[[], list[Tensor]], right: Sequence[Tensor], sizes: Sequence[Tensor]
+    ) -> Row:
+        """One row for all gradients in float64, as for values."""
+        check = "gradient in float64"
+        try:
+            found = compute()
+        except _FAILURES as error:
+            return _lost(check, probe, error)
+        if len(found) != len(right):
+            return Row(check, probe.name, math.nan, 0.0, "", "the result has no gradient")
+        labels = [spec.name for spec, t in zip(self.example.specs, self.example.tensors, strict=True) if is_inexact(t)]
+        bound = self.bound(self.dtype)  # of which the constants may be rounded
+        rows = [
+            _worst(check, probe, f"by {label}", a, b, size, bound, self.dtype)
+            for label, a, b, size in zip(labels, found, right, sizes, strict=True)
+        ]
+        return _nearest(rows)
+
+    def _norms(self, probe: Probe, compute: Callable[[], list[Tensor]], sizes: Sequence[Tensor]) -> Row:
+        """One row for all gradients in the dtype of the module: the norm of a difference, relative to its terms."""
+        check, limit = "gradient", SLOPES.get(self.dtype, COARSE)
+        try:
+            found = compute()
+        except _FAILURES as error:
+            return _lost(check, probe, error)
+        right = _gradients(self.example, self.module, probe.tensors)
+        if len(found) != len(right):
+            return Row(check, probe.name, math.nan, limit, "", "the result has no gradient")
+        shares = [0.0]
+        for a, b, size in zip(found, right, sizes, strict=True):
+            gap, scale = _norm(_gaps(a, b)), _norm(size)
+            shares.append(gap / scale if scale else gap)
+        return Row(check, probe.name, max(shares), limit, "", "relative to the norm of its terms")
 
     def _symmetry(self, interface: nn.Module, probe: Probe) -> list[Row]:
         """Rotation and inversion of inputs and results, where the module says by which irreps they transform."""
@@ -183,19 +252,29 @@ class FunctionJudge:
         rotation = torch.tensor(random_rotation(np.random.default_rng(1)))
         for name, matrix in (("rotation", rotation), ("inversion", -torch.eye(3, dtype=torch.float64))):
             turned = [_turned(t, into.get(k), matrix) for k, t in enumerate(probe.tensors)]
+            with torch.no_grad():
+                here, there = (_sizes(self.example.call, self.module, at)[0] for at in (probe.tensors, turned))
+            sizes = [a + _turned(b, rep, matrix, largest=True) for a, b, rep in zip(there, here, out, strict=True)]
 
-            def error(module: nn.Module, at: Sequence[Tensor] = turned, by: Tensor = matrix) -> tuple[float, float]:
+            def worst(
+                module: nn.Module,
+                at: Sequence[Tensor] = turned,
+                by: Tensor = matrix,
+                name: str = name,
+                sizes: Sequence[Tensor] = sizes,
+            ) -> Row:
                 with torch.no_grad():
                     here, there = self.example.call(module, probe.tensors), self.example.call(module, at)
                 expected = [_turned(x, rep, by) for x, rep in zip(here, out, strict=True)]
-                gaps = [_distance(a, b) for a, b in zip(there, expected, strict=True)]
-                return max(gaps), max(map(_largest, here))
+                bound, labels = self.bound(self.dtype), self.example.outputs
+                given = zip(labels, there, expected, sizes, strict=True)
+                rows = [_worst(name, probe, label, a, b, size, bound, a.dtype) for label, a, b, size in given]
+                return _nearest(rows)
 
-            value, scale = error(interface)
-            limit = self.bound(self.dtype).limit(scale)
-            if value > limit:  # a module that breaks a symmetry may go on breaking it
-                limit = max(limit, OWN_ERROR_FACTOR * error(self.module)[0])
-            rows.append(Row(name, probe.name, value, limit, ""))
+            row = worst(interface)
+            if not row.passed:  # a module that breaks a symmetry may go on breaking it
+                row = replace(row, limit=row.limit * max(1.0, OWN_ERROR_FACTOR * worst(self.module).used))
+            rows.append(row)
         return rows
 
     def failure(
@@ -211,6 +290,8 @@ class FunctionJudge:
             return self.receipt(interface, program, suspects).passed
 
         hint = "the pipeline without it, other example_inputs, or a module without branches on sizes"
+        if all(row.check.startswith("gradient") for row in receipt.failures):
+            hint = "x.detach() in forward in place of torch.no_grad, which no program records; the pipeline without it"
         return blamed(receipt, captured, passes, is_good, hint)
 
 
@@ -229,60 +310,121 @@ def irreps_of(module: nn.Module, example: Example) -> tuple[dict[int, str], list
     return ({k: str(i) for k, i in enumerate(listed)}, [str(i) for i in results]) if fits else None
 
 
-def _turned(x: Tensor, irreps: str | None, matrix: Tensor) -> Tensor:
+def _turned(x: Tensor, irreps: str | None, matrix: Tensor, *, largest: bool = False) -> Tensor:
+    """``x`` under a rotation or the inversion, or the ``largest`` that elements of sizes ``x`` may be after it."""
     if irreps is None:
         return x
-    return (x.double() @ o3().Irreps(irreps).D_from_matrix(matrix).double().T).to(x.dtype)
+    turn = o3().Irreps(irreps).D_from_matrix(matrix).double()
+    return (x.double() @ (turn.abs() if largest else turn).T).to(x.dtype)
+
+
+def _type(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def _largest(x: Tensor) -> float:
-    finite = x.detach().abs()[x.detach().isfinite()] if x.is_floating_point() or x.is_complex() else x.detach().abs()
-    return float(finite.max()) if finite.numel() else 0.0
+def _norm(x: Tensor) -> float:
+    return float(x.double().square().sum().sqrt())
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference; elements that are the same on both sides, infinite or NaN, do not differ."""
+def _gaps(a: Tensor, b: Tensor) -> Tensor:
+    """Differences; elements that are the same on both sides, infinite or NaN, do not differ."""
     wide = torch.complex128 if a.is_complex() else torch.float64
     a, b = a.detach().to(wide), b.detach().to(wide)
-    if not a.numel():
-        return 0.0
-    same = (a == b) | (a.isnan() & b.isnan())
-    return float(torch.where(same, 0.0, (a - b).abs()).max())
+    return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+
+
+def _sizes(run: Run, module: nn.Module, inputs: Sequence[Tensor]) -> tuple[list[Tensor], str]:
+    """Sizes of terms, and what a row must say where they are none: the largest element stands for them."""
+    try:
+        return scales(run, module, inputs), ""
+    except Exception as error:  # the module is foreign code, which may refuse noise
+        found = [t.detach().abs() for t in run(module, inputs)]
+        largest = [torch.where(t.isfinite(), t, 0.0).max() if t.numel() else 0.0 for t in found]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        sizes = [torch.zeros_like(t, dtype=torch.float64) + most for t, most in zip(found, largest, strict=True)]
+        return sizes, f"; held to the largest element, as the original does not run with noise: {reason}"
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether most elements differ by no more than half precision may."""
+    sizes = b.abs().double()
+    shares = (_gaps(a, b) / sizes)[(sizes > 0) & sizes.isfinite()]
+    return not shares.numel() or float(shares.median()) < 0.1
+
+
+def _worst(
+    check: str,
+    probe: Probe,
+    label: str,
+    found: Tensor,
+    right: Tensor,
+    sizes: Tensor,
+    bound: float,
+    dtype: torch.dtype,
+    own: Tensor | None = None,
+) -> Row:
+    """The element nearest to its limit.
+
+    Args:
+        found: the result.
+        right: what it should be.
+        sizes: of the terms that each element is made of.
+        bound: relative to that size.
+        dtype: of the result.
+        own: errors of the original in that dtype.  Elements other than the same may have them too.
+    """
+    if not found.numel():
+        return Row(check, probe.name, 0.0, 0.0, "", label)
+    gaps, sizes = _gaps(found, right).reshape(-1), sizes.detach().reshape(-1).double()
+    tiny = torch.finfo(dtype).tiny
+    limits = (bound * sizes).clamp(min=tiny)
+    note = label
+    if own is not None:
+        own = own.reshape(-1)
+        shares = (own / sizes)[(sizes > 0) & (own > tiny)]
+        share = float(shares.kthvalue(math.ceil(0.99 * shares.numel())).values) if shares.numel() else 0.0
+        limits = torch.maximum(limits, OWN_ERROR_FACTOR * torch.maximum(own, share * sizes))
+    worst = int((gaps / limits).nan_to_num(nan=math.inf).argmax())
+    note += f"[{worst}] of terms of size {float(sizes[worst]):.1e}"
+    if own is not None:
+        note += f"; original {float(own[worst]):.1e}"
+    lost = int((limits >= right.detach().abs().reshape(-1).nan_to_num(posinf=0.0).max()).sum())
+    if lost and bool(sizes.any()):
+        note += f"; {lost} of {len(limits)} elements are rounding alone in the original"
+    return Row(check, probe.name, float(gaps[worst]), float(limits[worst]), "", note)
+
+
+def _nearest(rows: Sequence[Row]) -> Row:
+    return max(rows, key=lambda row: (not row.passed, row.used if row.limit else 0.0))
+
+
+def _lost(check: str, probe: Probe, error: Exception) -> Row:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return Row(check, probe.name, math.nan, 0.0, "", f"could not be computed: {reason}")
 
 
 def _gradients(example: Example, module: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Derivatives of a weighted sum of the results by every floating input; empty where the module has none."""
-    try:
-        return _differentiated(example, module, tensors)
-    except RuntimeError:  # an op without a derivative
-        return []
+    """Derivatives of a weighted sum of the results by every floating or complex input; empty where there are none.
 
+    Those of complex results are of both parts, with factors of their own.
 
-def _differentiated(example: Example, module: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    Raises:
+        RuntimeError: an op has no derivative.
+    """
+    leaves = [t.detach().clone() for t in tensors]
+    by = [leaf.requires_grad_() for leaf in leaves if is_inexact(leaf)]
     with torch.enable_grad():
-        results = [r for r in example.call(module, leaves) if r.is_floating_point() and r.requires_grad]
-        if not results or not any(leaf.requires_grad for leaf in leaves):
-            return []
         generator = torch.Generator().manual_seed(7)
-        factors = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
-        by = [leaf for leaf in leaves if leaf.requires_grad]
-        total = sum((r * f).sum() for r, f in zip(results, factors, strict=True))
-        return list(torch.autograd.grad(total, by, materialize_grads=True))  # type: ignore[arg-type]
-
-
-def _gradient_row(check: str, name: str, found: Sequence[Tensor], right: Sequence[Tensor], relative: float) -> Row:
-    """The norm of the difference, relative to that of the gradient."""
-    if len(found) != len(right):
-        return Row(check, name, math.nan, relative, "", "the result has no gradient")
-
-    def norm(values: Sequence[Tensor]) -> float:
-        return math.sqrt(sum(float(x.double().square().sum()) for x in values))
-
-    gap = norm([a.double() - b.double() for a, b in zip(found, right, strict=True)])
-    scale = norm(right)
-    return Row(check, name, gap / scale if scale else gap, relative, "", "relative to the norm of the gradient")
+        terms = []
+        for result in example.call(module, leaves):
+            parts = (result.real, result.imag) if result.is_complex() else (result,)
+            for part in parts if is_inexact(result) else ():
+                factors = torch.randn(part.shape, generator=generator, dtype=torch.float64)
+                if part.requires_grad:
+                    terms.append((part * factors.to(part.dtype)).sum())
+        return list(torch.autograd.grad(terms, by, materialize_grads=True)) if terms and by else []

@@ -62,7 +62,5 @@ class OptimizedFunction(Optimized):
                 f"this module was loaded from a file made for {own} on the CPU, and cannot become {probe.dtype}",
                 hint="optimise the original in that dtype and save it again",
             )
-        new = self.rebuild(probe.dtype, probe.device)
-        self.interface, self.program, self.report = new.interface, new.program, new.report
-        self.facts, self.forward = new.facts, new.interface.forward
+        self._become(self.rebuild(probe.dtype, probe.device))
         return self

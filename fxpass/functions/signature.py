@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..errors import PackageError, UsageError
+from ..errors import Location, PackageError, UsageError
 from ..ir.program import TensorSpec
 from . import checks
 
@@ -144,7 +144,14 @@ def parameters(module: nn.Module, example: Any) -> tuple[tuple[tuple[str, Tree],
         raise UsageError(
             f"example_inputs is a {type(example).__qualname__}", hint="a tuple of arguments, or a dict of them by name"
         )
-    signature = inspect.signature(module.forward)
+    try:
+        signature = inspect.signature(module.forward)
+    except ValueError as error:
+        raise UsageError(
+            f"forward does not say which arguments it takes: {error}",
+            where=Location(source=type(module).__qualname__),
+            hint="a module around it, whose forward names them",
+        ) from error
     try:
         bound = signature.bind(**example) if isinstance(example, dict) else signature.bind(*example)
     except TypeError as error:
@@ -234,6 +241,7 @@ def _unpack(graph: fx.Graph, node: fx.Node, tree: Tree, path: str, tensors: dict
             _unpack(graph, item, tree["dict"][key], f"{path}.{key}", tensors)
     else:
         items = _items(tree)
+        graph.call_function(checks.listed, (node, path))
         graph.call_function(checks.length, (graph.call_function(len, (node,)), len(items), path))
         for k, part in enumerate(items):
             _unpack(graph, graph.call_function(operator.getitem, (node, k)), part, f"{path}.{k}", tensors)

@@ -83,7 +83,8 @@ def merge(programs: Sequence[Program]) -> Program:
 
 def _place(root: nn.Module, tensor: Tensor, node: fx.Node, placed: dict[tuple[Any, ...], str]) -> str:
     """Store a weight under a flat name, tensors of the same content once; returns the name."""
-    raw = tensor.detach().cpu().reshape(-1).view(torch.uint8)  # numpy knows no bfloat16
+    whole = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # one row of another keeps its stride
+    raw = whole.flatten().view(torch.uint8)  # numpy knows no bfloat16
     learned = isinstance(tensor, nn.Parameter), tensor.requires_grad
     digest = hashlib.sha256(raw.numpy().tobytes()).digest()
     key = (tensor.dtype, tuple(tensor.shape), str(tensor.device), digest, *learned)
