@@ -94,6 +94,10 @@ class Edges(nn.Module):
         """
         return torch.zeros_like(like).index_add(0, index[0], gradient).index_add(0, index[1], -gradient)
 
+    def virial(self, gradient: Tensor, vectors: Tensor) -> Tensor:
+        """-sum of g (x) r over edges, [3, 3] in eV, from g = dE/d(edge vector) and r, both [edges, 3]."""
+        return -torch.matmul(gradient.t(), vectors)
+
     def _unremarkable(self, lengths: Tensor, index: Tensor) -> bool:
         """Whether it is plain that no edge is padding, too short or NaN: what nearly every call finds."""
         if lengths.numel() == 0:

@@ -176,7 +176,7 @@ class DeepmdInterface(nn.Module):
         gradient = gradient.to(torch.float64)
         kept = kept.to(torch.float64)
         if frames == 1:
-            total = -torch.matmul(gradient.t(), kept).unsqueeze(0)
+            total = self.edges.virial(gradient, kept).unsqueeze(0)
         else:
             none = torch.zeros([frames, 3, 3], dtype=kept.dtype, device=kept.device)
             outer = -gradient.unsqueeze(2) * kept.unsqueeze(1)

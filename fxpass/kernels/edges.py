@@ -33,6 +33,7 @@ class EdgesKernel:
             "vectors": ([pointer] * 4 + [integer] * 2, ctypes.c_int),
             "look": ([pointer] * 2 + [integer] * 2 + [ctypes.c_double] * 2, ctypes.c_int),
             "forces": ([pointer] * 3 + [integer] * 2, ctypes.c_int),
+            "virial": ([pointer] * 3 + [integer], None),
         }
         for what, (arguments, result) in kinds.items():
             for type in _TYPES.values():
@@ -76,6 +77,16 @@ class BoundEdges:
         function = getattr(self.library, f"forces_{_TYPES[like.dtype]}")
         failed = function(gradient.data_ptr(), index.data_ptr(), made.data_ptr(), gradient.shape[0], like.shape[0])
         return None if failed else made
+
+
+    def virial(self, gradient: Tensor, vectors: Tensor) -> Tensor | None:
+        """-sum of ``gradient`` (x) ``vectors`` over edges, [3, 3]."""
+        if not _plain(gradient, vectors) or gradient.shape != vectors.shape:
+            return None
+        made = gradient.new_empty((3, 3))
+        function = getattr(self.library, f"virial_{_TYPES[gradient.dtype]}")
+        function(gradient.data_ptr(), vectors.data_ptr(), made.data_ptr(), gradient.shape[0])
+        return made
 
 
 def _plain(like: Tensor, *tensors: Tensor) -> bool:
@@ -144,5 +155,13 @@ extern "C" int forces_TYPE(const TYPE* gradient, const int64_t* index, TYPE* for
   }
   for (int64_t k = 0; k < 3 * atoms; k++) forces[k] = sums[k];
   return 0;
+}
+
+extern "C" void virial_TYPE(const TYPE* gradient, const TYPE* vectors, TYPE* made, int64_t edges) {
+  double sums[4][9] = {};  // four that do not wait for one another
+  for (int64_t e = 0; e < edges; e++)
+    for (int i = 0; i < 3; i++)
+      for (int k = 0; k < 3; k++) sums[e % 4][3 * i + k] -= double(gradient[3 * e + i]) * double(vectors[3 * e + k]);
+  for (int k = 0; k < 9; k++) made[k] = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
 }
 """

@@ -133,10 +133,14 @@ extern "C" int NAME(const T* x, const T* packed, const int64_t* index, T* y, int
   for (int64_t n = 0; n < count; n++) rows[next[index[n]]++] = n;
   std::vector<Chunk> chunks;
   for (int64_t s = 0; s < SPECIES; s++)
-    for (int64_t at = starts[s]; at < starts[s + 1]; at += CHUNK)
-      chunks.push_back({rows.data() + at, std::min(CHUNK, starts[s + 1] - at), s});
+    for (int64_t at = starts[s]; at < starts[s + 1];) {
+      const int64_t left = starts[s + 1] - at, parts = (left + CHUNK - 1) / CHUNK;  // of equal size, in whole tiles
+      const int64_t size = std::min(((left + parts - 1) / parts + M - 1) / M * M, left);
+      chunks.push_back({rows.data() + at, size, s});
+      at += size;
+    }
   const int64_t all = int64_t(chunks.size()) * PANELS;
-  #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count > 8)
+  #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && count > 8)
   for (int64_t i = 0; i < all; i++) product(x, packed, y, chunks[i / PANELS], i % PANELS);
   return 0;
 }

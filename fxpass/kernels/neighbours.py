@@ -22,7 +22,7 @@ class NeighboursKernel:
 
     def bind(self, library: ctypes.CDLL) -> BoundNeighbours:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        library.neighbours_search.argtypes = [*[pointer] * 3, ctypes.c_double, integer]
+        library.neighbours_search.argtypes = [*[pointer] * 3, ctypes.c_double, integer, ctypes.c_int]
         library.neighbours_search.restype = integer
         library.neighbours_take.argtypes, library.neighbours_take.restype = [pointer, pointer], None
         return BoundNeighbours(library)
@@ -53,7 +53,7 @@ class BoundNeighbours:
         if cell is not None:
             lattice, inverse = cell.contiguous(), torch.linalg.inv(cell).contiguous()
         pointers = (None if t is None else t.data_ptr() for t in (positions, lattice, inverse))
-        found = self.library.neighbours_search(*pointers, cutoff, positions.shape[0])
+        found = self.library.neighbours_search(*pointers, cutoff, positions.shape[0], torch.get_num_threads())
         if found < 0:
             return None
         index = torch.empty((2, found), dtype=torch.int64)
@@ -70,9 +70,12 @@ _SOURCE = """#include <algorithm>
 
 struct Image { double at[3]; int64_t owner; double shift[3]; };
 struct Pair { int64_t neighbour, centre; double vector[3]; };
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
 
-// what the last search of this thread found
-static thread_local std::vector<Pair> found;
+// what the last search of this thread found: pairs of some neighbours after those of others, and pairs by centre
+static thread_local std::vector<std::vector<Pair>> found;
+static thread_local std::vector<int64_t> place_of;
 
 static void times(const double* row, const double* matrix, double* made) {
   for (int k = 0; k < 3; k++) made[k] = row[0] * matrix[k] + row[1] * matrix[3 + k] + row[2] * matrix[6 + k];
@@ -80,8 +83,9 @@ static void times(const double* row, const double* matrix, double* made) {
 
 // the number of pairs, or -1 where boxes would be many and empty, or images very many
 extern "C" int64_t neighbours_search(const double* positions, const double* cell, const double* inverse, double cutoff,
-    int64_t atoms) {
+    int64_t atoms, int threads) {
   found.clear();
+  place_of.assign(atoms + 1, 0);
   if (atoms == 0) return 0;
   std::vector<double> home(positions, positions + 3 * atoms), turns(3 * atoms);
   std::vector<Image> images;
@@ -133,56 +137,64 @@ extern "C" int64_t neighbours_search(const double* positions, const double* cell
   std::vector<int64_t> start(int64_t(boxes) + 1), keys(images.size());
   for (size_t n = 0; n < images.size(); n++) start[(keys[n] = box(images[n].at)) + 1]++;
   for (size_t b = 1; b < start.size(); b++) start[b] += start[b - 1];
-  std::vector<int64_t> next(start.begin(), start.end() - 1), order(images.size()), owners(images.size());
+  std::vector<int64_t> next(start.begin(), start.end() - 1), order(images.size());
   std::vector<double> x(images.size()), y(images.size()), z(images.size());
   for (size_t n = 0; n < images.size(); n++) {
     const int64_t at = next[keys[n]]++;
-    order[at] = n, owners[at] = images[n].owner;
+    order[at] = n;
     x[at] = images[n].at[0], y[at] = images[n].at[1], z[at] = images[n].at[2];
   }
 
-  struct Close { int64_t owner, image; };
-  std::vector<Close> close(images.size());
-  for (int64_t n = 0; n < atoms; n++) {
-    const double *here = &home[3 * n], square = cutoff * cutoff;
-    const int64_t middle = box(here);
-    int64_t count = 0;
-    for (int64_t a = -2; a <= 2; a++)
-      for (int64_t b = -2; b <= 2; b++) {
-        const int64_t row = middle + (a * rows + b) * columns;
-        for (int64_t at = start[row - 2]; at < start[row + 3]; at++) {
-          const double dx = here[0] - x[at], dy = here[1] - y[at], dz = here[2] - z[at];
-          close[count] = {owners[at], order[at]};  // without a branch, which nobody could foresee
-          count += dx * dx + dy * dy + dz * dz <= square;
+  // each atom looks for those that it is a neighbour of; listed by centre, they keep the order of neighbours
+  std::vector<std::vector<Pair>> parts(threads < 1 ? 1 : threads);
+  #pragma omp parallel num_threads(threads) if (threads > 1 && atoms > 64)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    std::vector<Pair>& mine = parts[thread];
+    std::vector<int64_t> close(images.size());
+    mine.reserve(64 * atoms / team);
+    for (int64_t n = atoms * thread / team; n < atoms * (thread + 1) / team; n++) {
+      const double *here = &home[3 * n], square = cutoff * cutoff;
+      const int64_t middle = box(here);
+      int64_t count = 0;
+      for (int64_t a = -2; a <= 2; a++)
+        for (int64_t b = -2; b <= 2; b++) {
+          const int64_t row = middle + (a * rows + b) * columns;
+          for (int64_t at = start[row - 2]; at < start[row + 3]; at++) {
+            const double dx = here[0] - x[at], dy = here[1] - y[at], dz = here[2] - z[at];
+            close[count] = order[at];  // without a branch, which nobody could foresee
+            count += dx * dx + dy * dy + dz * dz <= square;
+          }
         }
+      for (int64_t i = 0; i < count; i++) {
+        const Image& image = images[close[i]];
+        const int64_t other = image.owner;
+        if (other == n && image.shift[0] == 0 && image.shift[1] == 0 && image.shift[2] == 0) continue;
+        Pair pair = {n, other, {}};
+        double units[3], offset[3] = {};
+        for (int k = 0; k < 3; k++) units[k] = image.shift[k] - turns[3 * other + k] + turns[3 * n + k];
+        if (cell) times(units, cell, offset);
+        for (int k = 0; k < 3; k++) pair.vector[k] = (positions[3 * other + k] - positions[3 * n + k]) + offset[k];
+        mine.push_back(pair);
       }
-    const auto before = [](const Close& a, const Close& b) {
-      return a.owner != b.owner ? a.owner < b.owner : a.image < b.image;
-    };
-    std::sort(close.begin(), close.begin() + count, before);
-    for (int64_t i = 0; i < count; i++) {
-      const Image& image = images[close[i].image];
-      const int64_t other = close[i].owner;
-      if (other == n && image.shift[0] == 0 && image.shift[1] == 0 && image.shift[2] == 0) continue;
-      Pair pair = {other, n, {}};
-      double units[3], offset[3] = {};
-      for (int k = 0; k < 3; k++) units[k] = image.shift[k] - turns[3 * other + k] + turns[3 * n + k];
-      if (cell) times(units, cell, offset);
-      for (int k = 0; k < 3; k++) pair.vector[k] = (positions[3 * n + k] - positions[3 * other + k]) - offset[k];
-      found.push_back(pair);
     }
   }
-  return int64_t(found.size());
+  for (const auto& part : parts)
+    for (const Pair& pair : part) place_of[pair.centre + 1]++;
+  for (int64_t n = 0; n < atoms; n++) place_of[n + 1] += place_of[n];
+  found.swap(parts);
+  return place_of[atoms];
 }
 
 // writes them to index [2, pairs], (neighbour, centre), and vectors [pairs, 3], from the neighbour to the centre
 extern "C" void neighbours_take(int64_t* index, double* vectors) {
-  const int64_t count = int64_t(found.size());
-  for (int64_t n = 0; n < count; n++) {
-    index[n] = found[n].neighbour, index[count + n] = found[n].centre;
-    memcpy(vectors + 3 * n, found[n].vector, sizeof found[n].vector);
-  }
+  const int64_t count = place_of.back();
+  for (const auto& part : found)
+    for (const Pair& pair : part) {
+      const int64_t at = place_of[pair.centre]++;
+      index[at] = pair.neighbour, index[count + at] = pair.centre;
+      memcpy(vectors + 3 * at, pair.vector, sizeof pair.vector);
+    }
   found.clear();
-  if (count > 1 << 22) found.shrink_to_fit();
 }
 """

@@ -86,6 +86,10 @@ class NativeEdges(Edges):
         made = self.functions.forces(gradient, index, like)
         return super().forces(gradient, index, like) if made is None else made
 
+    def virial(self, gradient: Tensor, vectors: Tensor) -> Tensor:
+        made = self.functions.virial(gradient, vectors)
+        return super().virial(gradient, vectors) if made is None else made
+
 
 class NativePairs(Pairs):
     """Pairs found by one function; where autograd looks on, by torch."""

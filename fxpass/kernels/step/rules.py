@@ -191,7 +191,10 @@ def _number(value: Any, dtype: torch.dtype) -> str:
 
 def formula(w: Writer, shape: Shape, dtype: torch.dtype, text: str, *args: Any, among: torch.dtype) -> Formula:
     """``text`` with the elements of ``args`` in place of {0}, {1}, ...; numbers are taken in the type ``among``."""
-    values = [w.readable(w_once(w, a) if args.count(a) > 1 else a) if isinstance(a, Value) else None for a in args]
+    values = [
+        w.readable(w_once(w, a) if args.count(a) > 1 or _dear(a, shape) else a) if isinstance(a, Value) else None
+        for a in args
+    ]
     numbers = ["" if isinstance(a, Value) else _number(a, among) for a in args]
     present = [v for v in values if v is not None]
 
@@ -208,6 +211,16 @@ def formula(w: Writer, shape: Shape, dtype: torch.dtype, text: str, *args: Any, 
     flat = all(_is_one(v) or (v.flat and _equal(v.shape, shape)) for v in present)
     reads = frozenset[int]().union(*(v.reads for v in present))
     return Formula(shape, dtype, element, reads, flat_at if flat else None)
+
+
+def _dear(value: Value, shape: Shape) -> bool:
+    """Whether broadcasting to ``shape`` would compute something again that takes longer than to read it."""
+    if not isinstance(value, Formula) or value.free:
+        return False
+    wide = shape[len(shape) - len(value.shape) :]
+    repeated = any(n == 1 and m != 1 for n, m in zip(value.shape, wide, strict=True))
+    text = value.element(["0"] * len(value.shape))
+    return repeated and any(sign in text for sign in (" / ", "std::", "fast_"))
 
 
 def _flat(value: Readable, index: str) -> str:
@@ -469,23 +482,30 @@ def _matmul(w: Writer, out: Out, a: Value, b: Value) -> Value:
         raise Unsupported("a product of matrices that BLAS is made for")
     if _kinds([a, b]) != {out.dtype} or not out.dtype.is_floating_point:
         raise Unsupported(f"a product of matrices of {_kinds([a, b])}")
-    left, right = Place(w.place(a)), Place(w.place(b))
+    left, right = Place(w.place(a)), Place(w.contiguous(b))
     to = w.buffer("arena", out.dtype, out.shape)
     kind = TYPES[out.dtype]
 
+    rows = out.shape[-2]
+    together = 4 if rows.is_Integer and rows % 4 == 0 else 1  # sums that do not wait for one another
+
     def body(at: Indices) -> list[str]:
-        factor, element = left.element([*at, "k"]), right.element([*at[:-1], "k", "j"])
+        *batch, block = at
+        row = block if together == 1 else f"({together} * {block} + r)"
+        factor, element = left.element([*batch, row, "k"]), right.element([*batch, "k", "j"])
+        each = f"for (int64_t r = 0; r < {together}; r++)"
         return [
-            f"{kind} sums[{columns}] = {{}};",
-            f"for (int64_t k = 0; k < {depth}; k++) {{",
+            f"{kind} sums[{together}][{columns}] = {{}};",
+            f"for (int64_t k = 0; k < {depth}; k++) {each} {{",
             f"  const {kind} factor = {factor};",
             *(["  #pragma omp simd"] if columns >= 4 else []),
-            f"  for (int64_t j = 0; j < {columns}; j++) sums[j] += factor * {element};",
+            f"  for (int64_t j = 0; j < {columns}; j++) sums[r][j] += factor * {element};",
             "}",
-            f"for (int64_t j = 0; j < {columns}; j++) {to.element([*at, 'j'])} = sums[j];",
+            f"{each} for (int64_t j = 0; j < {columns}; j++) {to.element([*batch, row, 'j'])} = sums[r][j];",
         ]
 
-    w.emit(["{", *w.loops(out.shape[:-1], body, simd=False), "}"], left.reads | right.reads, frozenset({to.buffer}))
+    blocks = (*out.shape[:-2], rows / together)
+    w.emit(["{", *w.loops(blocks, body, simd=False), "}"], left.reads | right.reads, frozenset({to.buffer}))
     return Place(to)
 
 
