@@ -34,7 +34,7 @@ UNVERIFIED = "verification was turned off: nothing was compared with the origina
 #: packages whose versions a report records
 VERSIONED = (
     *("fxpass", "torch", "e3nn", "numpy"),
-    *("mace-torch", "nequip", "nequip-allegro", "sevenn", "schnetpack"),
+    *("mace-torch", "nequip", "nequip-allegro", "sevenn", "schnetpack", "deepmd-kit"),
 )
 
 
