@@ -38,7 +38,7 @@ import fxpass
 from fxpass._torch_compat import aot_compile
 from fxpass.api import open_model, run_passes
 from fxpass.capture.capture import copy_model
-from fxpass.cli.measure import Call, Peaks, by_turns, crystal, peak_memory, processor, threads
+from fxpass.cli.measure import Call, Peaks, by_turns, crystal, in_turn, moved, peak_memory, processor, threads
 from fxpass.frontends.base import dtype_of
 from fxpass.frontends.mace import mace_batch
 from fxpass.ir.cost import Cost, program_cost
@@ -303,7 +303,9 @@ def measure(word: str, options: argparse.Namespace) -> Iterator[Row]:
         for count in options.threads:
             with threads(count):
                 peaks = Peaks.measure(dtype_of(model))
-                taken = by_turns({k: partial(m.run, data) for k, m in fits.items()}, options.repeat, options.seconds)
+                each = [data, batch(model, moved(structure))]
+                calls = {k: in_turn([partial(m.run, d) for d in each]) for k, m in fits.items()}
+                taken = by_turns(calls, options.repeat, options.seconds)
                 asked = {k: step(m.calculator(), structure) for k, m in fits.items() if m.calculator is not None}
                 steps = {} if options.no_ase else by_turns(asked, options.repeat, options.seconds)
             for key, made in fits.items():

@@ -30,7 +30,7 @@ from ..structures import Structure, neighbour_list
 from . import options
 from .answer import Answer
 from .doctor import cores
-from .measure import Call, Peaks, by_turns, crystal, ms, peak_memory, processor, threads
+from .measure import Call, Peaks, by_turns, crystal, in_turn, moved, ms, peak_memory, processor, threads
 from .options import Commands
 
 K = TypeVar("K", bound=Hashable)
@@ -322,21 +322,23 @@ def calls_of(modules: Mapping[K, nn.Module], frontend: Frontend, structure: Stru
 
     They are those that the family makes of the modules, without what it does around them.  Where it does not call one
     of them but its parts, as it does with SevenNet's original in float64, evaluations are compared, for all; these get
-    the neighbour list that was made once.
+    the neighbour lists that were made once.  Atoms move from call to call, as in dynamics.
     """
-    own = {key: _own_call(module, frontend, structure) for key, module in modules.items()}
-    calls = {key: call for key, call in own.items() if call is not None}
+    structures = (structure, moved(structure))
+    own = {key: [_own_call(module, frontend, each) for each in structures] for key, module in modules.items()}
+    calls = {key: in_turn([call for call in found if call is not None]) for key, found in own.items() if all(found)}
     if len(calls) == len(modules):
         return calls, False
 
     @cache
-    def listed(cutoff: float) -> Any:
-        return neighbour_list(structure, cutoff)
+    def listed(number: int, cutoff: float) -> Any:
+        return neighbour_list(structures[number], cutoff)
 
-    def evaluation(module: nn.Module) -> Call:
-        return lambda: frontend.evaluate(module, structure, lambda _, cutoff: listed(cutoff))
+    def evaluation(module: nn.Module, number: int) -> Call:
+        return lambda: frontend.evaluate(module, structures[number], lambda _, cutoff: listed(number, cutoff))
 
-    return {key: evaluation(module) for key, module in modules.items()}, True
+    turns = range(len(structures))
+    return {key: in_turn([evaluation(module, n) for n in turns]) for key, module in modules.items()}, True
 
 
 def call_of(module: nn.Module, frontend: Frontend, structure: Structure) -> Call:

@@ -9,7 +9,8 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -51,6 +52,18 @@ def by_turns(calls: Mapping[K, Call], repeat: int, seconds: float = math.inf) ->
             call()
             taken[name].append(time.perf_counter() - start)
     return {name: tuple(values) for name, values in taken.items()}
+
+
+def moved(structure: Structure) -> Structure:
+    """The structure with every atom a thousandth of an Angstrom or so further, as a step of dynamics leaves it."""
+    steps = np.random.default_rng(0).normal(scale=1e-3, size=structure.positions.shape)
+    return replace(structure, positions=structure.positions + steps)
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """One call after the other, and the first again: what is kept between calls on equal positions is of no use."""
+    turns = cycle(calls)
+    return lambda: next(turns)()
 
 
 def peak_memory(call: Call) -> int:
