@@ -68,8 +68,8 @@ class Tabulate(Pass):
         gain: by how much a table must be cheaper than the function in operations, an exponential counting as ten.
         over: ``length`` tabulates by edge length; ``nearest`` by a number nearer to the function through which
             everything goes, where there is one, such as DeePMD's s, which has no largest value: a grid ten times as
-            coarse goes on to ten times the largest one met. ``auto`` takes the smaller table; for a fixed ``dx`` the
-            nearer number if it is of that kind.
+            coarse goes on to ten times the largest one met. ``auto`` takes the smaller table; for a fixed ``dx``, which
+            is a step of both, the one by length unless the nearer number is of that kind.
     """
 
     name: ClassVar[str] = "tabulate"
@@ -181,7 +181,7 @@ class Tabulate(Pass):
     ) -> tuple[ScalarFunction, Fit]:
         """The smallest table among variants of a function."""
         if self.dx != "auto":
-            variants = [v for v in variants if chosen[v].reach] or variants[-1:]
+            variants = [v for v in variants if chosen[v].reach or v is variants[-1]]
         best: tuple[ScalarFunction, Fit] | None = None
         failed: NotTabulable | None = None
         for variant in variants:
