@@ -644,6 +644,22 @@ def test_gradients_of_complex_results_are_compared() -> None:
     assert {row.check for row in receipt.failures} == {"gradient", "gradient in float64"}
 
 
+class Root(nn.Module):
+    """x, with a derivative that is NaN where the branch that nobody takes is differentiated as well."""
+
+    def __init__(self, branch: bool = False) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > -1, x, (x - x).sqrt()) if self.branch else x * 1.0
+
+
+def test_gradients_that_are_nan_fail() -> None:
+    receipt = judged(Root(), Root(branch=True), torch.rand(5, 3))
+    assert {row.check for row in receipt.failures} == {"gradient", "gradient in float64"}
+
+
 class Writes(nn.Module):
     """Parts of tensors are written in the ways that models do it."""
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch  # noqa: F401  # kernels resolve OpenMP in the runtime that it loads
 
@@ -63,6 +64,16 @@ class Compiler:
     version: str
     flags: tuple[str, ...]
     processor: str
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The functions of a built library."""
+
+    library: ctypes.CDLL
+
+    def __deepcopy__(self, memo: Any) -> Bound:
+        return self  # copies of a model share its code
 
 
 def find_compiler(path: str | None = None, folder: Path | None = None) -> Compiler | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .build import Bound
 
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 #: bits of what a look at the list tells
@@ -42,14 +43,8 @@ class EdgesKernel:
         return BoundEdges(library)
 
 
-@dataclass(frozen=True)
-class BoundEdges:
-    """The functions of a built library; they say None where torch must have a look."""
-
-    library: ctypes.CDLL
-
-    def __deepcopy__(self, memo: Any) -> BoundEdges:
-        return self  # copies of a model share its code
+class BoundEdges(Bound):
+    """Those of :class:`EdgesKernel`; they say None where torch must have a look."""
 
     def vectors(self, positions: Tensor, index: Tensor, shifts: Tensor) -> Tensor | None:
         """``positions[index[1]] - positions[index[0]] + shifts``, [edges, 3]."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..errors import KernelError
 from .lanes import prelude
+from .linear import TYPES
 
-TYPES = {torch.float32: "float32", torch.float64: "float64"}
 UNKNOWN = "the species of a row is not one of the weights'"
 
 

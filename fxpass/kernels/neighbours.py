@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .build import Bound
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,8 @@ class NeighboursKernel:
         return BoundNeighbours(library)
 
 
-@dataclass(frozen=True)
-class BoundNeighbours:
-    """The functions of a built library."""
-
-    library: ctypes.CDLL
-
-    def __deepcopy__(self, memo: Any) -> BoundNeighbours:
-        return self  # copies of a model share its code
+class BoundNeighbours(Bound):
+    """Those of :class:`NeighboursKernel`."""
 
     def pairs(self, positions: Tensor, cell: Tensor | None, cutoff: float) -> tuple[Tensor, Tensor] | None:
         """What :func:`fxpass.neighbours.pairs_within` returns, or None where torch must search.
